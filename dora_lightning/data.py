@@ -1,0 +1,31 @@
+"""The record that every data set is turned into, and that every task judges."""
+
+from typing import Any, NamedTuple
+
+
+class Sample(NamedTuple):
+    """One training or evaluation example, whatever data set it came from.
+
+    A named tuple, so that Lightning carries it to the device inside a batch without copying what it holds.
+    """
+
+    prompt: str
+    """Text the model reads, template included; generation starts right after its last character."""
+
+    target: str
+    """Text the model is trained to write after ``prompt``; appended to it without any separator."""
+
+    options: tuple[str, ...] = ()
+    """Texts that could stand in place of ``target``, for ranking by log-likelihood; empty if open-ended."""
+
+    references: tuple[str, ...] = ()
+    """Answers that count as right, as the task's extraction reads them out of a generated text."""
+
+    images: tuple[Any, ...] = ()
+    """Images the prompt refers to, in order."""
+
+    source: str = ""
+    """Name of the data set, e.g. ``boolq``; scores are reported per source."""
+
+    row: dict[str, Any] | None = None
+    """The row as it was read, written back beside the prediction."""
