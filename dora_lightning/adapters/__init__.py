@@ -1,0 +1,23 @@
+"""The method in pure torch: knows nothing of Lightning, transformers or tasks."""
+
+from dora_lightning.adapters.config import AdapterConfig
+from dora_lightning.adapters.inject import adapter_layers, find_targets, inject_adapters
+from dora_lightning.adapters.layers import AdapterLayer, DoRALinear, LoRALinear, MagnitudeLinear
+from dora_lightning.adapters.merge import merge_adapters, unmerge_adapters
+from dora_lightning.adapters.summary import AdapterSummary, parameter_group, summarize_adapters
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterLayer",
+    "AdapterSummary",
+    "DoRALinear",
+    "LoRALinear",
+    "MagnitudeLinear",
+    "adapter_layers",
+    "find_targets",
+    "inject_adapters",
+    "merge_adapters",
+    "parameter_group",
+    "summarize_adapters",
+    "unmerge_adapters",
+]

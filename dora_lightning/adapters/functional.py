@@ -1,0 +1,238 @@
+"""DoRA as pure functions of tensors (Liu et al., ICML 2024, https://arxiv.org/abs/2402.09353).
+
+Shape legend::
+
+    W  [out, in]   pretrained weight, as in nn.Linear          x  [..., in]   input
+    A  [rank, in]  B [out, rank]   low-rank direction update   y  [..., out]  output
+    s  alpha / rank                                            h  [..., rank] A x
+    m  [out]       magnitude                                   n  [out]       norm of each row of W + s B A
+    g  [out]       gain, m / n
+
+    y = g * (W x + s B A x~) + bias        with x~ = dropout(x)
+
+The norm has one value per *output* feature: the paper writes "column-wise" over a weight stored [in, out], and every
+published adapter follows it. All norms, magnitudes and gains are at least fp32: the spread of ``g - 1`` during training
+(about 0.0015) is below the resolution of bf16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+NORM_EPS = 1e-12
+"""Lower bound of a norm. A row of zeros (real models have them) then gives zero outputs and gradients, not NaN."""
+
+# Rows of a half-precision weight or activation are widened to fp32 this many elements at a time, never as a whole.
+# On a CPU the piece must fit the cache next to its operands; on a GPU it must fill the device.
+_CHUNK_ELEMENTS = {"cpu": 2**17}
+_CHUNK_ELEMENTS_DEFAULT = 2**24
+
+
+def weight_norm_sq(weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
+    """Squared norm of each row of ``weight``, accumulated in at least fp32 without widening the whole weight.
+
+    >>> weight_norm_sq(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([25.,  0.])
+    """
+    return torch.cat([rows.square().sum(dim=1) for rows in _wide_row_chunks(weight)])
+
+
+def adapted_norm(
+    weight: Float[Tensor, "out in"],
+    lora_A: Float[Tensor, "rank in"],
+    lora_B: Float[Tensor, "out rank"],
+    scaling: float,
+    base_norm_sq: Float[Tensor, " out"],
+) -> Float[Tensor, " out"]:
+    """Norm of each row of ``W + s B A`` (paper, equation 5), without building ``B A`` or the sum.
+
+    ``n^2 = |W|^2 + 2 s rowsum(B * (W A^T)) + s^2 rowsum((B (A A^T)) * B)``, with ``base_norm_sq`` the constant
+    ``|W|^2`` of :func:`weight_norm_sq`. Differentiable in ``lora_A`` and ``lora_B``.
+
+    >>> W, A, B = torch.eye(2), torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0], [0.0]])
+    >>> adapted_norm(W, A, B, 1.0, weight_norm_sq(W))
+    tensor([3., 1.])
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        A, B = _wide(lora_A), _wide(lora_B)
+        cross = torch.cat([rows.to(A.dtype) @ A.T for rows in _wide_row_chunks(weight)])  # W A^T [out, rank]
+        norm_sq = base_norm_sq + scaling * (B * (2 * cross + scaling * (B @ (A @ A.T)))).sum(dim=1)
+        # rounding can leave a tiny negative number where W + s B A cancels
+        return norm_sq.clamp(min=NORM_EPS**2).sqrt()
+
+
+def gain(magnitude: Float[Tensor, " features"], norm: Float[Tensor, " features"]) -> Float[Tensor, " features"]:
+    """``g = m / n``: what each output feature is scaled by."""
+    return magnitude / norm.clamp(min=NORM_EPS)
+
+
+def adapter_linear(
+    x: Float[Tensor, "*batch in"],
+    weight: Float[Tensor, "out in"],
+    bias: Float[Tensor, " out"] | None = None,
+    lora_A: Float[Tensor, "rank in"] | None = None,
+    lora_B: Float[Tensor, "out rank"] | None = None,
+    scaling: float = 1.0,
+    gain: Float[Tensor, " out"] | None = None,
+    x_dropped: Float[Tensor, "*batch in"] | None = None,
+) -> Float[Tensor, "*batch out"]:
+    """``g * (W x + s B A x~) + bias`` as one autograd function; ``B A`` is never built, the bias never scaled.
+
+    Without ``gain`` this is LoRA, without ``lora_A`` and ``lora_B`` magnitude-only tuning. ``gain`` is a tensor of
+    the graph: its gradient ``sum(dy * z)``, with ``z = W x + s B A x~``, reaches the magnitude as ``sum(dy * z) / n``
+    (no division by the magnitude, which may be 0), and the norm too unless it is detached (paper, section 4.3).
+
+    Args:
+        x: input; under autocast it is computed in autocast's dtype, else in its own.
+        weight: frozen as a rule, but gets its gradient if it requires one.
+        bias: added after scaling.
+        lora_A: down-projection, any dtype.
+        lora_B: up-projection, any dtype.
+        scaling: ``alpha / rank``.
+        gain: ``m / n``; kept in fp32 and applied in fp32.
+        x_dropped: input of the low-rank path if it differs from ``x`` (dropout).
+
+    A second derivative is refused with an error: the backward pass is written for one.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x = x.to(dtype)
+        x_dropped = None if x_dropped is None else x_dropped.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return _AdapterLinear.apply(x, x_dropped, weight, bias, lora_A, lora_B, scaling, gain)
+
+
+def merge_weight(
+    weight: Float[Tensor, "out in"],
+    lora_A: Float[Tensor, "rank in"] | None = None,
+    lora_B: Float[Tensor, "out rank"] | None = None,
+    scaling: float = 1.0,
+    magnitude: Float[Tensor, " out"] | None = None,
+) -> Float[Tensor, "out in"]:
+    """``g (W + s B A)`` as a new tensor in the dtype of ``weight``, from fp32 arithmetic rounded once.
+
+    >>> merge_weight(torch.eye(2), torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0], [0.0]]), 1.0, torch.ones(2))
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
+    merged = _wide(weight)
+    if lora_A is not None and lora_B is not None:
+        merged = torch.addmm(merged, lora_B.to(merged.dtype), lora_A.to(merged.dtype), alpha=scaling)
+    if magnitude is not None:
+        norm = weight_norm_sq(merged).sqrt()
+        merged = merged * gain(magnitude.to(merged.dtype), norm)[:, None]
+    # a copy even where nothing above made one: callers own what they get
+    return merged.to(weight.dtype, copy=merged is weight)
+
+
+def decompose(weight: Float[Tensor, "out in"]) -> tuple[Float[Tensor, " out"], Float[Tensor, "out in"]]:
+    """Magnitude and direction of each row (paper, equation 2), in at least fp32; a zero row has direction zero."""
+    wide = _wide(weight)
+    magnitude = weight_norm_sq(wide).sqrt()
+    return magnitude, wide / magnitude.clamp(min=NORM_EPS)[:, None]
+
+
+class _AdapterLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        x_dropped: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        scaling: float,
+        gain: Tensor | None,
+    ) -> Tensor:
+        z = F.linear(x, weight.to(x.dtype))
+        h = None
+        if lora_A is not None and lora_B is not None:
+            h = F.linear(x if x_dropped is None else x_dropped, lora_A.to(x.dtype))
+            # into the base product: the low-rank product never exists at [..., out]
+            _flat(z).addmm_(_flat(h), lora_B.to(x.dtype).T, alpha=scaling)
+        if gain is None:
+            y = z
+        elif ctx.needs_input_grad[7]:
+            y = torch.mul(z, gain, out=torch.empty_like(z))
+        else:
+            y = z.mul_(gain)
+        if bias is not None:
+            y.add_(bias)
+        # z is kept for the gradient of the gain alone
+        ctx.save_for_backward(x, x_dropped, h, z if ctx.needs_input_grad[7] else None, weight, lora_A, lora_B, gain)
+        ctx.scaling = scaling
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, x_dropped, h, z, weight, lora_A, lora_B, gain = ctx.saved_tensors
+        s: float = ctx.scaling
+        needs_x, needs_dropped, needs_weight, needs_bias, needs_A, needs_B, _, needs_gain = ctx.needs_input_grad
+        dx = dx_dropped = dweight = dbias = dA = dB = dgain = None
+
+        flat_dy = _flat(dy)
+        if needs_bias:
+            dbias = flat_dy.sum(dim=0, dtype=_wide_dtype(dy.dtype)).to(ctx.bias_dtype)
+        if needs_gain:
+            dgain = _sum_of_products(flat_dy, _flat(z)).to(gain.dtype)
+        dz = flat_dy if gain is None else torch.mul(flat_dy, gain, out=torch.empty_like(flat_dy))
+
+        if needs_x:
+            dx = (dz @ weight.to(dz.dtype)).view(x.shape)
+        if needs_weight:
+            dweight = (dz.T @ _flat(x)).to(weight.dtype)
+        if h is not None:
+            if needs_B:
+                dB = (dz.T @ _flat(h)).mul_(s).to(lora_B.dtype)
+            if needs_A or needs_x or needs_dropped:
+                dh = (dz @ lora_B.to(dz.dtype)).mul_(s)  # [tokens, rank]
+                if needs_A:
+                    dA = (dh.T @ _flat(x if x_dropped is None else x_dropped)).to(lora_A.dtype)
+                if needs_dropped:
+                    dx_dropped = (dh @ lora_A.to(dz.dtype)).view(x.shape)
+                elif needs_x and x_dropped is None and dx is not None:
+                    _flat(dx).addmm_(dh, lora_A.to(dz.dtype))
+        return dx, dx_dropped, dweight, dbias, dA, dB, None, dgain
+
+
+def _sum_of_products(a: Float[Tensor, "tokens out"], b: Float[Tensor, "tokens out"]) -> Float[Tensor, " out"]:
+    """``sum_t a * b`` in at least fp32, a few rows at a time, so that no product of the full size exists."""
+    dtype = _wide_dtype(a.dtype)
+    total = torch.zeros(a.shape[1], dtype=dtype, device=a.device)
+    rows = _rows_per_chunk(a)
+    for a_rows, b_rows in zip(a.split(rows), b.split(rows), strict=True):
+        total += (a_rows.to(dtype) * b_rows.to(dtype)).sum(dim=0)
+    return total
+
+
+def _wide_row_chunks(weight: Tensor) -> list[Tensor] | tuple[Tensor, ...]:
+    if weight.dtype == _wide_dtype(weight.dtype):
+        return (weight,)
+    return [rows.float() for rows in weight.split(_rows_per_chunk(weight))]
+
+
+def _rows_per_chunk(matrix: Tensor) -> int:
+    elements = _CHUNK_ELEMENTS.get(matrix.device.type, _CHUNK_ELEMENTS_DEFAULT)
+    return max(1, elements // max(1, matrix.shape[1]))
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(_wide_dtype(tensor.dtype))

@@ -1,0 +1,121 @@
+"""Find the modules to adapt, put adapter layers in their place, freeze the rest."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+from dora_lightning.adapters.config import AdapterConfig
+from dora_lightning.adapters.layers import AdapterLayer, DoRALinear, LoRALinear, MagnitudeLinear
+
+ALL_LINEAR = "all-linear"
+
+_LAYERS: dict[str, type[DoRALinear] | type[LoRALinear] | type[MagnitudeLinear]] = {
+    "dora": DoRALinear,
+    "lora": LoRALinear,
+    "magnitude": MagnitudeLinear,
+}
+
+
+def inject_adapters(model: nn.Module, config: AdapterConfig) -> nn.Module:
+    """Replace the target modules of ``model`` by adapter layers, in place, and freeze every other parameter.
+
+    Calling it again with the same config changes nothing.
+
+    Args:
+        model: any module; ``all-linear`` leaves out the output embedding of a transformers model.
+        config: what to adapt, and how.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        ValueError: a pattern matches nothing, or something that cannot be adapted, or the model already has adapters
+            of another config. The message says what would match; the model is unchanged.
+    """
+    present = getattr(model, "adapter_config", None)
+    if present == config:
+        return model
+    if present is not None or any(True for _ in adapter_layers(model)):
+        raise ValueError("the model already has adapters of another config; load it anew to inject different ones")
+
+    methods = find_targets(model, config)
+    model.requires_grad_(False)
+    for name, method in methods.items():
+        parent, _, child = name.rpartition(".")
+        base_layer = model.get_submodule(name)
+        assert isinstance(base_layer, nn.Linear)  # find_targets has checked
+        layer = _LAYERS[method](base_layer, config)
+        layer.train(base_layer.training)
+        setattr(model.get_submodule(parent), child, layer)
+    model.adapter_config = config  # type: ignore[assignment]  # nn.Module's setattr is typed for tensors and modules
+    return model
+
+
+def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, str]:
+    """Dotted name of each module to adapt -> its method, in the model's order.
+
+    Raises:
+        ValueError: as for :func:`inject_adapters`.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    targets = _matches(modules, config.target_modules, "target_modules", _output_embedding(model))
+    magnitude_only = _matches(modules, config.magnitude_only_modules, "magnitude_only_modules", None)
+    return {
+        name: "magnitude" if name in magnitude_only else config.method
+        for name in modules
+        if name in targets or name in magnitude_only
+    }
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
+    """Dotted name and layer of every adapter in ``model``."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterLayer):
+            yield name, module
+
+
+def _matches(
+    modules: dict[str, nn.Module], patterns: str | list[str], option: str, output_embedding: nn.Module | None
+) -> set[str]:
+    if not patterns:
+        return set()
+    if patterns == ALL_LINEAR:
+        found = {n for n, m in modules.items() if isinstance(m, nn.Linear) and m is not output_embedding}
+        if not found:
+            raise ValueError(f"{option}: the model has no nn.Linear to adapt")
+        return found
+    matched: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if isinstance(patterns, str):
+            found = {name for name in modules if re.fullmatch(pattern, name)}
+        else:
+            found = {name for name in modules if name == pattern or name.endswith(f".{pattern}")}
+        if not found:
+            raise ValueError(f"{option}: {pattern!r} matches no module. {_what_would_match(modules, pattern)}")
+        for name in sorted(found):
+            if not isinstance(modules[name], nn.Linear):
+                kind = type(modules[name]).__name__
+                raise ValueError(
+                    f"{option}: {pattern!r} matches {name}, a {kind}; only nn.Linear can be adapted. "
+                    f"{_what_would_match(modules, pattern)}"
+                )
+        matched |= found
+    return matched
+
+
+def _what_would_match(modules: dict[str, nn.Module], pattern: str) -> str:
+    names = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)})
+    if not names:
+        return "The model has no nn.Linear."
+    close = difflib.get_close_matches(pattern.rpartition(".")[2], names, n=1)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Linear modules of this model end in: {', '.join(names)}"
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None

@@ -1,0 +1,74 @@
+"""Keeps a norm until something it was computed from changes.
+
+The norm of ``W + s B A`` changes once per optimiser step, but a forward pass happens for every micro-batch, every
+recomputation of a checkpointed block and every generated token. A stale norm would be silent and wrong, so the cache
+looks at everything that can change a tensor: its identity and memory, its version counter (every in-place operation,
+``load_state_dict`` included), and the number of optimiser steps taken in this process (optimisers that write through
+``.data`` or a custom kernel do not move the version counter). On a CPU, where it costs no synchronisation, the small
+tensors are also compared with a copy, which sees edits through ``.data``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# torch calls this after each step of any optimiser
+register_optimizer_step_post_hook(_count_step)
+
+
+class NormCache:
+    """Holds one tensor and the state of the tensors it was computed from."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] | None = None
+        self._copies: list[Tensor] = []
+        self._value: Tensor | None = None
+
+    def get(self, compute: Callable[[], Tensor], large: list[Tensor], small: list[Tensor]) -> Tensor:
+        """The value of ``compute()``, kept as long as the tensors it reads are the same.
+
+        Args:
+            compute: called without gradients.
+            large: tensors that are only watched (base weights, frozen).
+            small: tensors that are also compared by content on a CPU (the adapter's own).
+        """
+        tensors = [*large, *small]
+        steps = _optimizer_steps if any(tensor.requires_grad for tensor in tensors) else None
+        key = (steps, *(_state(tensor) for tensor in tensors))
+        if self._value is not None and key == self._key and self._unchanged(small):
+            return self._value
+        # never an inference tensor: what validation computes, training must be able to use
+        with torch.inference_mode(False), torch.no_grad():
+            self._value = compute()
+            self._copies = [tensor.detach().clone() for tensor in small if tensor.device.type == "cpu"]
+        self._key = key
+        return self._value
+
+    def clear(self) -> None:
+        """Forget the value."""
+        self._key, self._copies, self._value = None, [], None
+
+    def _unchanged(self, small: list[Tensor]) -> bool:
+        on_cpu = [tensor for tensor in small if tensor.device.type == "cpu"]
+        return len(on_cpu) == len(self._copies) and all(
+            torch.equal(tensor.detach(), copy) for tensor, copy in zip(on_cpu, self._copies, strict=True)
+        )
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    version = -1 if tensor.is_inference() else tensor._version
+    pointer = 0 if tensor.is_meta else tensor.data_ptr()
+    return (id(tensor), pointer, version, tensor.dtype, tensor.device)

@@ -1,0 +1,61 @@
+"""What was adapted and what trains, as numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from dora_lightning.adapters.inject import adapter_layers
+
+GROUPS = ("magnitude", "lora_A", "lora_B", "other")
+
+
+@dataclass
+class AdapterSummary:
+    """Counts of adapted modules and of parameters.
+
+    Attributes:
+        modules: last part of the name of each kind of adapted module -> ``(method, how many)``.
+        groups: parameter group -> trainable parameters in it; groups that train nothing are left out.
+        total: all parameters of the model, adapters included.
+    """
+
+    modules: dict[str, tuple[str, int]]
+    groups: dict[str, int]
+    total: int
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that train."""
+        return sum(self.groups.values())
+
+    @property
+    def share(self) -> float:
+        """Trainable share of all parameters, adapters included, as PEFT and the paper count it; in [0, 1]."""
+        return self.trainable / self.total
+
+
+def parameter_group(name: str) -> str:
+    """Optimiser group of a parameter, by its dotted name: ``magnitude``, ``lora_A``, ``lora_B`` or ``other``.
+
+    >>> parameter_group("model.layers.0.self_attn.q_proj.lora_A")
+    'lora_A'
+    """
+    last = name.rpartition(".")[2]
+    return last if last in GROUPS else "other"
+
+
+def summarize_adapters(model: nn.Module) -> AdapterSummary:
+    """Count the adapted modules and the parameters of ``model``; works on the meta device too."""
+    counts = Counter((name.rpartition(".")[2], layer.method) for name, layer in adapter_layers(model))
+    groups: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter_group(name)] += parameter.numel()
+    return AdapterSummary(
+        modules={kind: (method, count) for (kind, method), count in counts.items()},
+        groups={group: groups[group] for group in GROUPS if groups[group]},
+        total=sum(parameter.numel() for parameter in model.parameters()),
+    )
