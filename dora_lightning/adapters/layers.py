@@ -67,9 +67,9 @@ class AdapterLayer(nn.Module):
         """Put the merged weight into the base layer, keeping the original for :meth:`unmerge`."""
         if self.merged:
             return
-        merged = nn.Parameter(self.merged_weight(), requires_grad=False)
-        self._unmerged = (self.base_layer.weight,)
-        self.base_layer.weight = merged
+        original: nn.Parameter = self.base_layer.weight
+        self.base_layer.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
+        self._unmerged = (original,)
 
     def unmerge(self) -> None:
         """Put the original weight back: the very parameter, hence bit for bit."""
@@ -169,7 +169,7 @@ class DoRALinear(LoRALinear):
             self.magnitude.copy_(self._compute_norm())
 
     def norm(self) -> Tensor:
-        """Norm of ``W + s B A``: a constant kept until something changes, or with ``detach_norm=False`` differentiable."""
+        """Norm of ``W + s B A``, kept until something changes; differentiable with ``detach_norm=False``."""
         if not self.detach_norm and torch.is_grad_enabled():
             return self._compute_norm()
         return self._norm.get(self._compute_norm, large=[self.weight], small=[self.lora_A, self.lora_B])

@@ -1,0 +1,5 @@
+"""torchmetrics Metrics: a functional core and a stateful shell each."""
+
+from dora_lightning.metrics.per_source import PerSourceMean, per_source_mean
+
+__all__ = ["PerSourceMean", "per_source_mean"]

