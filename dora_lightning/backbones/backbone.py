@@ -1,0 +1,245 @@
+"""What every backbone does: own the adapted model, its optimiser, its checkpoints, and the loops that judge it."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from rich.console import Console
+from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dora_lightning.adapters import AdapterConfig, inject_adapters, summarize_adapters
+from dora_lightning.data import Sample
+from dora_lightning.task import Task
+from dora_lightning.training.adapter_checkpoint import KEY, check_adapter_entry, write_adapter_entry
+from dora_lightning.training.base_identity import base_identity
+from dora_lightning.training.parameter_groups import check_optimizers, parameter_groups
+from dora_lightning.training.report import summary_table
+from dora_lightning.training.resume import apply_overrides, configured_options
+from dora_lightning.training.schedules import WarmupDecay
+
+
+class Backbone(LightningModule):
+    """Base class of the backbones; a subclass loads the model, computes the loss, and answers prompts.
+
+    Args:
+        model_name_or_path: folder, hub id, GGUF file or ``package:NAME`` of the pretrained model.
+        adapter: what to adapt, and how.
+        optimizer: makes the optimiser from the parameter groups ``magnitude``, ``lora_A``, ``lora_B``, ``other``.
+        lr_scheduler: makes the scheduler, stepped after every optimiser step (with the validation metric after each
+            validation if it is ``ReduceLROnPlateau``).
+        task: how answers are obtained and judged; training needs none.
+        judge_in_validation: judge the task in validation too, beside the loss.
+    """
+
+    model: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        adapter: AdapterConfig,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        task: Task | None = None,
+        judge_in_validation: bool = False,
+    ) -> None:
+        super().__init__()
+        if judge_in_validation and task is None:
+            raise ValueError("judge_in_validation needs a task")
+        self.model_name_or_path = model_name_or_path
+        # checkpoints hold the config as a plain dict, which load_from_checkpoint hands back
+        self.adapter = AdapterConfig(**adapter) if isinstance(adapter, dict) else adapter
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.task = task
+        self.judge_in_validation = judge_in_validation
+        self.model = None
+        self.validation_loss = MeanMetric()
+        # the base is not in the checkpoint; check_adapter_entry does what strict loading would
+        self.strict_loading = False
+        self._base: dict[str, Any] = {}
+        self._configured: list[list[dict[str, Any]]] = []
+        self._saved_options: list[list[dict[str, Any]]] = []
+        self._predicted: list[dict[str, Any]] = []
+        self.save_hyperparameters({"model_name_or_path": model_name_or_path, "adapter": self.adapter.to_dict()})
+
+    # What a subclass provides ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def load_pretrained(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The pretrained model and its tokenizer."""
+
+    @abstractmethod
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
+        """Mean loss over supervised tokens of a batch, and how many they are."""
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[str], **options: Any) -> list[str]:
+        """Continuation of each prompt."""
+
+    @abstractmethod
+    def rank(self, prompts: Sequence[str], options: Sequence[Sequence[str]]) -> list[Tensor]:
+        """Log-likelihood ``[options]`` of each prompt's options."""
+
+    # Model and optimiser -----------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the pretrained model and inject the adapters; does nothing the second time."""
+        if self.model is not None:
+            return
+        model, self.tokenizer = self.load_pretrained()
+        inject_adapters(model, self.adapter)
+        self._base = base_identity(model, self.model_name_or_path)
+        self.model = model
+
+    def configure_optimizers(self) -> Any:
+        """Optimiser over named groups, and the scheduler if there is one."""
+        optimizer = self.optimizer(parameter_groups(self))
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, WarmupDecay):
+            scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            config = {"scheduler": scheduler, "interval": "epoch", "monitor": "val/loss"}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def on_fit_start(self) -> None:
+        """Check that the optimiser has what trains, and print what that is."""
+        check_optimizers(self, self._optimizers())
+        self._configured = configured_options(self._optimizers())
+        if self.trainer.is_global_zero:
+            Console().print(summary_table(summarize_adapters(self.language_model)))
+
+    def on_train_start(self) -> None:
+        """Let optimiser settings that changed since the checkpoint win, and say so."""
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        for change in apply_overrides(self._saved_options, self._configured, self._optimizers(), schedulers):
+            rank_zero_info(f"The config overrides the checkpoint: {change}")
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The adapted model.
+
+        Raises:
+            RuntimeError: it is not loaded yet.
+        """
+        if self.model is None:
+            raise RuntimeError("the model is not loaded yet: call configure_model(), or let a Trainer do it")
+        return self.model
+
+    def _optimizers(self) -> list[Optimizer]:
+        return self.trainer.optimizers
+
+    # Loops -------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Loss of a batch."""
+        loss, _ = self.loss(batch)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Held-out loss, weighted by tokens, and the task if it is judged in validation."""
+        loss, tokens = self.loss(batch)
+        if tokens:
+            self.validation_loss.update(loss, weight=tokens)
+        if self.judge_in_validation:
+            self._judge(batch["samples"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss and the task's metrics."""
+        self.log("val/loss", self.validation_loss.compute(), prog_bar=True)
+        self.validation_loss.reset()
+        if self.judge_in_validation:
+            self._finish_judging("val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Judge the task on a batch."""
+        self._judge(batch["samples"])
+
+    def on_test_start(self) -> None:
+        """Testing needs a task."""
+        if self.task is None:
+            raise ValueError("testing needs a task that judges the answers; give the backbone one (model.task)")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the task's metrics, print their table and write the predictions."""
+        self._finish_judging("test")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Generated text of each sample, with its prompt."""
+        samples: list[Sample] = batch["samples"]
+        options = self.task.generation if self.task is not None else None
+        texts = self.generate([sample.prompt for sample in samples], **(options or {"max_new_tokens": 64}))
+        rows = [{"prompt": s.prompt, "source": s.source, "output": t} for s, t in zip(samples, texts, strict=True)]
+        self._predicted += rows
+        return rows
+
+    def on_predict_epoch_end(self) -> None:
+        """Write what was generated."""
+        records = self._gather(self._predicted)
+        self._predicted = []
+        if self.trainer.is_global_zero:
+            self._write_records("predictions.jsonl", records)
+
+    def _judge(self, samples: Sequence[Sample]) -> None:
+        assert self.task is not None
+        prompts = [sample.prompt for sample in samples]
+        if self.task.generation is not None:
+            self.task.update_generated(samples, self.generate(prompts, **self.task.generation))
+        if self.task.ranks_options:
+            self.task.update_ranked(samples, self.rank(prompts, [sample.options for sample in samples]))
+
+    def _finish_judging(self, stage: str) -> None:
+        assert self.task is not None
+        metrics = self.task.compute()
+        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()})
+        records = self._gather(self.task.records())
+        table = self.task.table(metrics)
+        self.task.reset()
+        if self.trainer.sanity_checking or not self.trainer.is_global_zero:
+            return
+        if stage == "test":
+            Console().print(table)
+        self._write_records(f"{stage}_predictions.jsonl", records)
+
+    def _write_records(self, name: str, records: list[dict[str, Any]]) -> None:
+        if self.trainer.log_dir is None:
+            return
+        path = Path(self.trainer.log_dir) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        rank_zero_info(f"Predictions: {path}")
+
+    def _gather(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if self.trainer.world_size == 1:
+            return records
+        gathered: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(gathered, records)
+        return [record for part in gathered for record in part]
+
+    # Checkpoints -------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what trains, and say what base it belongs to."""
+        write_adapter_entry(checkpoint, self, self.adapter, self._base, prefix="model.")
+        checkpoint[KEY]["optimizer_options"] = self._configured
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base or adapter."""
+        self.configure_model()
+        check_adapter_entry(checkpoint, self, self.adapter, self._base)
+        self._saved_options = checkpoint[KEY].get("optimizer_options", [])

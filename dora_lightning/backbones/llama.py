@@ -1,0 +1,79 @@
+"""DoRA on causal language models of the LLaMA family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dora_lightning.adapters import AdapterConfig
+from dora_lightning.backbones.backbone import Backbone
+from dora_lightning.backbones.causal_lm import (
+    check_plain_logits,
+    generate_texts,
+    option_log_likelihoods,
+    supervised_loss,
+)
+from dora_lightning.pretrained import load_causal_lm, load_tokenizer
+from dora_lightning.task import Task
+
+
+class DoRALlama(Backbone):
+    """A causal language model of the LLaMA family with adapters.
+
+    Batches are dicts with ``input_ids``, ``attention_mask``, ``labels`` ``[batch, tokens]`` and ``samples``, the
+    list of :class:`dora_lightning.data.Sample` they were made from.
+
+    Args:
+        model_name_or_path: folder, hub id, GGUF file or ``package:NAME`` of any LLaMA-family ``AutoModelForCausalLM``.
+        adapter: what to adapt, and how.
+        optimizer: makes the optimiser from the parameter groups ``magnitude``, ``lora_A``, ``lora_B``, ``other``.
+        lr_scheduler: makes the scheduler, stepped after every optimiser step.
+        task: how answers are obtained and judged; training needs none.
+        judge_in_validation: judge the task in validation too, beside the loss.
+        dtype: dtype of the frozen base: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        attn_implementation: attention of transformers (``sdpa``, ``flash_attention_2``, ``eager``); null for its default.
+        gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        adapter: AdapterConfig,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        task: Task | None = None,
+        judge_in_validation: bool = False,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(model_name_or_path, adapter, optimizer, lr_scheduler, task, judge_in_validation)
+        self.base_dtype = dtype
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.save_hyperparameters({"dtype": dtype, "attn_implementation": attn_implementation})
+
+    def load_pretrained(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The causal language model and its tokenizer."""
+        model = load_causal_lm(self.model_name_or_path, self.base_dtype, self.attn_implementation)
+        check_plain_logits(model)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model, load_tokenizer(self.model_name_or_path)
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
+        """Mean cross-entropy over supervised tokens, and how many they are."""
+        return supervised_loss(self.language_model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+
+    def generate(self, prompts: Sequence[str], **options: Any) -> list[str]:
+        """Continuation of each prompt; ``options`` as in ``generate`` of transformers."""
+        return generate_texts(self.language_model, self.tokenizer, prompts, **options)
+
+    def rank(self, prompts: Sequence[str], options: Sequence[Sequence[str]]) -> list[Tensor]:
+        """Log-likelihood ``[options]`` of each prompt's options."""
+        return option_log_likelihoods(self.language_model, self.tokenizer, prompts, options)

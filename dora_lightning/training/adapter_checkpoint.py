@@ -1,0 +1,112 @@
+"""Checkpoints that hold the adapter and whatever else trains, never the frozen base.
+
+A Lightning checkpoint made this way has, beside Lightning's own keys, an entry ``dora_lightning``: the format version,
+the adapter config, the base model's identity, and the prefix of the adapted model inside the LightningModule. It holds
+plain containers and tensors only, so ``torch.load(weights_only=True)`` reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_lightning.adapters import AdapterConfig
+from dora_lightning.training.base_identity import check_same_base
+
+KEY = "dora_lightning"
+FORMAT_VERSION = 1
+
+
+@dataclass
+class AdapterCheckpoint:
+    """An adapter checkpoint as read from disk.
+
+    Attributes:
+        config: how the adapter was injected.
+        base: identity of the base model, see :mod:`dora_lightning.training.base_identity`.
+        tensors: name inside the adapted model -> trained tensor.
+    """
+
+    config: AdapterConfig
+    base: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def write_adapter_entry(
+    checkpoint: dict[str, Any], module: nn.Module, config: AdapterConfig, base: dict[str, Any], prefix: str
+) -> None:
+    """Reduce a Lightning checkpoint to what trains, and add the ``dora_lightning`` entry, in place."""
+    frozen = _frozen_names(module)
+    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+    checkpoint[KEY] = {
+        "format_version": FORMAT_VERSION,
+        "adapter": config.to_dict(),
+        "base": base,
+        "prefix": prefix,
+    }
+
+
+def check_adapter_entry(
+    checkpoint: dict[str, Any], module: nn.Module, config: AdapterConfig, base: dict[str, Any]
+) -> None:
+    """Check that a checkpoint belongs to this adapter and base, and holds exactly what trains.
+
+    Raises:
+        ValueError: wrong base, wrong config, missing or unexpected keys, each by name.
+    """
+    entry = _entry(checkpoint, "the checkpoint")
+    check_same_base(entry["base"], base)
+    saved = AdapterConfig(**entry["adapter"])
+    differing = [f"{k}={v!r} (here {getattr(config, k)!r})" for k, v in vars(saved).items() if getattr(config, k) != v]
+    if differing:
+        raise ValueError(f"the checkpoint's adapter was made with another config: {', '.join(differing)}")
+    expected = module.state_dict().keys() - _frozen_names(module)
+    present = checkpoint["state_dict"].keys()
+    if missing := expected - present:
+        raise ValueError(f"the checkpoint lacks {_listing(missing)}, which train here")
+    if unexpected := present - expected:
+        raise ValueError(f"the checkpoint holds {_listing(unexpected)}, unknown to this model")
+
+
+def read_adapter_checkpoint(path: str | Path) -> AdapterCheckpoint:
+    """Read what a checkpoint file holds of the adapter, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not an adapter checkpoint of this library.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint file at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch.load raises anything from KeyError to UnpicklingError for a file it cannot read
+        raise ValueError(f"{path} could not be read as a checkpoint: {error}") from error
+    entry = _entry(checkpoint, str(path))
+    prefix = entry["prefix"]
+    tensors = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    return AdapterCheckpoint(AdapterConfig(**entry["adapter"]), entry["base"], tensors)
+
+
+def _entry(checkpoint: dict[str, Any], what: str) -> dict[str, Any]:
+    entry = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
+    if entry is None:
+        raise ValueError(f"{what} is no adapter checkpoint of dora-lightning: it has no entry {KEY!r}")
+    if entry["format_version"] > FORMAT_VERSION:
+        raise ValueError(f"{what} has format {entry['format_version']}, this version reads up to {FORMAT_VERSION}")
+    return entry
+
+
+def _frozen_names(module: nn.Module) -> set[str]:
+    return {name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+
+
+def _listing(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")

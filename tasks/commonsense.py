@@ -1,0 +1,165 @@
+"""Multiple-choice commonsense questions, judged by generation and by ranking the options.
+
+Protocols: the generation judge is that of LLM-Adapters, which the DoRA paper uses (4-beam search, the first match of a
+regular expression per data set counts, no match is wrong); the ranking judge is that of lm-evaluation-harness (``acc`` by
+log-likelihood, ``acc_norm`` by log-likelihood per character). The two give different numbers; compare like with like.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from dora_lightning.data import Sample
+from dora_lightning.metrics import PerSourceMean
+from dora_lightning.task import Task
+
+JUDGES = ("generation", "ranking", "both")
+
+_NUMBERED = r"answer1|answer2|answer3|answer4|answer5"
+ANSWER_PATTERNS = {
+    "boolq": r"true|false",
+    "piqa": r"solution1|solution2",
+    "social_i_qa": _NUMBERED,
+    "hellaswag": r"ending1|ending2|ending3|ending4",
+    "winogrande": r"option1|option2",
+    "ARC-Easy": _NUMBERED,
+    "ARC-Challenge": _NUMBERED,
+    "openbookqa": _NUMBERED,
+}
+"""How the published evaluation reads the answer out of the text; case-sensitive, the first match counts."""
+
+
+def extract_answer(text: str, sample: Sample) -> str:
+    """The answer in a generated text, or "" if there is none.
+
+    Where the answer is a published label (``answer2``, ``true``) the published pattern reads it; else the option that
+    occurs first in the text is the answer, the longest one if several begin there.
+
+    >>> extract_answer("the correct answer is answer2", Sample("...", "...", references=("answer2",), source="ARC-Easy"))
+    'answer2'
+    """
+    text = text.split("### Response:")[-1].strip()
+    pattern = ANSWER_PATTERNS.get(sample.source)
+    if pattern and all(re.fullmatch(pattern, reference) for reference in sample.references):
+        found = re.search(pattern, text)
+        return found.group() if found else ""
+    options = [option.strip() for option in sample.options]
+    present = [(text.find(option), -len(option), option) for option in options if option in text]
+    return min(present)[2] if present else ""
+
+
+class CommonsenseQA(Task):
+    """Accuracy per data set and their unweighted mean, by generation, by ranking, or both.
+
+    Args:
+        judge: ``generation``, ``ranking`` or ``both``.
+        num_beams: beams of the search; 4 as published, 1 is greedy and several times faster.
+        max_new_tokens: longest answer.
+
+    Raises:
+        ValueError: unknown judge.
+    """
+
+    def __init__(self, judge: str = "generation", num_beams: int = 4, max_new_tokens: int = 32) -> None:
+        super().__init__()
+        if judge not in JUDGES:
+            raise ValueError(f"judge must be one of {', '.join(JUDGES)}, got {judge!r}")
+        if judge != "ranking":
+            self.generation = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "do_sample": False}
+            self.generated = PerSourceMean()
+            self.unparsed = PerSourceMean()
+        self.ranks_options = judge != "generation"
+        if self.ranks_options:
+            self.ranked = PerSourceMean()
+            self.ranked_norm = PerSourceMean()
+        self._records: dict[int, dict[str, Any]] = {}
+
+    def update_generated(self, samples: Sequence[Sample], texts: Sequence[str]) -> None:
+        """Read the answer out of each text and compare it with the references."""
+        answers = [extract_answer(text, sample) for sample, text in zip(samples, texts, strict=True)]
+        correct = [answer in _references(sample) for sample, answer in zip(samples, answers, strict=True)]
+        sources = [sample.source for sample in samples]
+        self.generated.update(torch.tensor(correct, dtype=torch.float32), sources)
+        self.unparsed.update(torch.tensor([answer == "" for answer in answers], dtype=torch.float32), sources)
+        for sample, text, answer, flag in zip(samples, texts, answers, correct, strict=True):
+            self._record(sample).update(output_pred=text, pred=answer, flag=flag)
+
+    def update_ranked(self, samples: Sequence[Sample], scores: Sequence[Tensor]) -> None:
+        """Take the likeliest option, by sum and per character.
+
+        Raises:
+            ValueError: a sample has no options, or its target is none of them.
+        """
+        best, best_norm = [], []
+        for sample, score in zip(samples, scores, strict=True):
+            if sample.target not in sample.options:
+                raise ValueError(f"{sample.source}: the target {sample.target!r} is not among {sample.options}")
+            gold = sample.options.index(sample.target)
+            lengths = torch.tensor([max(1, len(option)) for option in sample.options], device=score.device)
+            choice, choice_norm = int(score.argmax()), int((score / lengths).argmax())
+            best.append(choice == gold)
+            best_norm.append(choice_norm == gold)
+            self._record(sample).update(
+                log_likelihoods=score.tolist(), ranked=sample.options[choice].strip(), ranked_flag=choice == gold
+            )
+        sources = [sample.source for sample in samples]
+        self.ranked.update(torch.tensor(best, dtype=torch.float32), sources)
+        self.ranked_norm.update(torch.tensor(best_norm, dtype=torch.float32), sources)
+
+    def compute(self) -> dict[str, Tensor]:
+        """``<source>/<measure>`` and ``mean/<measure>``, each in [0, 1]; ``mean`` weighs data sets alike."""
+        results: dict[str, Tensor] = {}
+        for measure, metric in self._measures().items():
+            per_source = metric.compute()
+            results |= {f"{source}/{measure}": value for source, value in per_source.items()}
+            if per_source:
+                results[f"mean/{measure}"] = torch.stack(list(per_source.values())).mean()
+        return results
+
+    def records(self) -> list[dict[str, Any]]:
+        """The rows judged in this process, with ``output_pred``, ``pred`` and ``flag`` as in the published files."""
+        return list(self._records.values())
+
+    def table(self, metrics: dict[str, Tensor]) -> Table:
+        """Data sets in rows, measures in columns, in per cent."""
+        measures = list(self._measures())
+        table = Table(title="Accuracy (%)", title_justify="left")
+        table.add_column("data set")
+        for measure in measures:
+            table.add_column(measure, justify="right")
+        sources = list(dict.fromkeys(name.rpartition("/")[0] for name in metrics))
+        for source in sorted(sources, key=lambda name: name == "mean"):
+            if source == "mean":
+                table.add_section()
+            table.add_row(source, *(f"{100 * float(metrics[f'{source}/{measure}']):.1f}" for measure in measures))
+        return table
+
+    def reset(self) -> None:
+        """Forget what was judged."""
+        for metric in self._measures().values():
+            metric.reset()
+        self._records = {}
+
+    def _measures(self) -> dict[str, PerSourceMean]:
+        measures: dict[str, PerSourceMean] = {}
+        if self.generation is not None:
+            measures |= {"generation": self.generated, "unparsed": self.unparsed}
+        if self.ranks_options:
+            measures |= {"ranking": self.ranked, "ranking_norm": self.ranked_norm}
+        return measures
+
+    def _record(self, sample: Sample) -> dict[str, Any]:
+        """The record of a sample, shared by both judges."""
+        row = sample.row if sample.row is not None else {"prompt": sample.prompt}
+        # both judges see the very same Sample object of a batch
+        return self._records.setdefault(id(sample), {"source": sample.source, **row})
+
+
+def _references(sample: Sample) -> tuple[str, ...]:
+    return sample.references or (sample.target.strip(),)
