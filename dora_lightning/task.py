@@ -14,9 +14,8 @@ from dora_lightning.data import Sample
 class Task(nn.Module):
     """Says how an answer is obtained, reads it out of the text, and keeps the metrics.
 
-    A backbone calls, for each batch, :meth:`update_generated` if :attr:`generation` is set and :meth:`update_ranked` if
-    :attr:`ranks_options`; at the end of the epoch :meth:`compute`, :meth:`records` and :meth:`reset`. A task is an
-    ``nn.Module`` so that its metrics move to the device with the model.
+    A backbone calls :meth:`update` for each batch, and at the end of the epoch :meth:`compute`, :meth:`records` and
+    :meth:`reset`. A task is an ``nn.Module`` so that its metrics move to the device with the model.
     """
 
     generation: dict[str, Any] | None = None
@@ -25,12 +24,16 @@ class Task(nn.Module):
     ranks_options: bool = False
     """Whether the options of each sample are to be ranked by log-likelihood."""
 
-    def update_generated(self, samples: Sequence[Sample], texts: Sequence[str]) -> None:
-        """Judge one generated text per sample (the continuation alone, without the prompt)."""
-        raise NotImplementedError
+    def update(
+        self, samples: Sequence[Sample], texts: Sequence[str] | None = None, scores: Sequence[Tensor] | None = None
+    ) -> None:
+        """Judge a batch.
 
-    def update_ranked(self, samples: Sequence[Sample], scores: Sequence[Tensor]) -> None:
-        """Judge the log-likelihoods ``[options]`` of each sample's options."""
+        Args:
+            samples: what was asked.
+            texts: one generated text per sample (the continuation alone), if :attr:`generation` is set.
+            scores: log-likelihoods ``[options]`` of each sample's options, if :attr:`ranks_options`.
+        """
         raise NotImplementedError
 
     def compute(self) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """Multiple-choice commonsense questions, judged by generation and by ranking the options.
 
 Protocols: the generation judge is that of LLM-Adapters, which the DoRA paper uses (4-beam search, the first match of a
-regular expression per data set counts, no match is wrong); the ranking judge is that of lm-evaluation-harness (``acc`` by
-log-likelihood, ``acc_norm`` by log-likelihood per character). The two give different numbers; compare like with like.
+regular expression per data set counts, no match is wrong); the ranking judge is that of lm-evaluation-harness (``acc``
+by log-likelihood, ``acc_norm`` by log-likelihood per character). Their numbers do not compare.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def extract_answer(text: str, sample: Sample) -> str:
     Where the answer is a published label (``answer2``, ``true``) the published pattern reads it; else the option that
     occurs first in the text is the answer, the longest one if several begin there.
 
-    >>> extract_answer("the correct answer is answer2", Sample("...", "...", references=("answer2",), source="ARC-Easy"))
+    >>> extract_answer("the answer is answer2", Sample("...", "...", references=("answer2",), source="ARC-Easy"))
     'answer2'
     """
     text = text.split("### Response:")[-1].strip()
@@ -78,39 +78,33 @@ class CommonsenseQA(Task):
         if self.ranks_options:
             self.ranked = PerSourceMean()
             self.ranked_norm = PerSourceMean()
-        self._records: dict[int, dict[str, Any]] = {}
+        self._records: list[dict[str, Any]] = []
 
-    def update_generated(self, samples: Sequence[Sample], texts: Sequence[str]) -> None:
-        """Read the answer out of each text and compare it with the references."""
-        answers = [extract_answer(text, sample) for sample, text in zip(samples, texts, strict=True)]
-        correct = [answer in _references(sample) for sample, answer in zip(samples, answers, strict=True)]
-        sources = [sample.source for sample in samples]
-        self.generated.update(torch.tensor(correct, dtype=torch.float32), sources)
-        self.unparsed.update(torch.tensor([answer == "" for answer in answers], dtype=torch.float32), sources)
-        for sample, text, answer, flag in zip(samples, texts, answers, correct, strict=True):
-            self._record(sample).update(output_pred=text, pred=answer, flag=flag)
-
-    def update_ranked(self, samples: Sequence[Sample], scores: Sequence[Tensor]) -> None:
-        """Take the likeliest option, by sum and per character.
+    def update(
+        self, samples: Sequence[Sample], texts: Sequence[str] | None = None, scores: Sequence[Tensor] | None = None
+    ) -> None:
+        """Compare each text's answer with the references, and the likeliest option with the target.
 
         Raises:
-            ValueError: a sample has no options, or its target is none of them.
+            ValueError: options are to be ranked and the target is none of them.
         """
-        best, best_norm = [], []
-        for sample, score in zip(samples, scores, strict=True):
-            if sample.target not in sample.options:
-                raise ValueError(f"{sample.source}: the target {sample.target!r} is not among {sample.options}")
-            gold = sample.options.index(sample.target)
-            lengths = torch.tensor([max(1, len(option)) for option in sample.options], device=score.device)
-            choice, choice_norm = int(score.argmax()), int((score / lengths).argmax())
-            best.append(choice == gold)
-            best_norm.append(choice_norm == gold)
-            self._record(sample).update(
-                log_likelihoods=score.tolist(), ranked=sample.options[choice].strip(), ranked_flag=choice == gold
-            )
         sources = [sample.source for sample in samples]
-        self.ranked.update(torch.tensor(best, dtype=torch.float32), sources)
-        self.ranked_norm.update(torch.tensor(best_norm, dtype=torch.float32), sources)
+        records = [{"source": sample.source, **(sample.row or {"prompt": sample.prompt})} for sample in samples]
+        if texts is not None:
+            answers = [extract_answer(text, sample) for text, sample in zip(texts, samples, strict=True)]
+            correct = [answer in _references(sample) for answer, sample in zip(answers, samples, strict=True)]
+            self.generated.update(_as_floats(correct), sources)
+            self.unparsed.update(_as_floats([answer == "" for answer in answers]), sources)
+            for record, text, answer, flag in zip(records, texts, answers, correct, strict=True):
+                record |= {"output_pred": text, "pred": answer, "flag": flag}
+        if scores is not None:
+            choices = [_choose(score, sample) for score, sample in zip(scores, samples, strict=True)]
+            self.ranked.update(_as_floats([choice == gold for choice, _, gold in choices]), sources)
+            self.ranked_norm.update(_as_floats([choice == gold for _, choice, gold in choices]), sources)
+            for record, score, sample, (choice, _, gold) in zip(records, scores, samples, choices, strict=True):
+                ranked = sample.options[choice].strip()
+                record |= {"log_likelihoods": score.tolist(), "ranked": ranked, "ranked_flag": choice == gold}
+        self._records += records
 
     def compute(self) -> dict[str, Tensor]:
         """``<source>/<measure>`` and ``mean/<measure>``, each in [0, 1]; ``mean`` weighs data sets alike."""
@@ -124,7 +118,7 @@ class CommonsenseQA(Task):
 
     def records(self) -> list[dict[str, Any]]:
         """The rows judged in this process, with ``output_pred``, ``pred`` and ``flag`` as in the published files."""
-        return list(self._records.values())
+        return self._records
 
     def table(self, metrics: dict[str, Tensor]) -> Table:
         """Data sets in rows, measures in columns, in per cent."""
@@ -144,7 +138,7 @@ class CommonsenseQA(Task):
         """Forget what was judged."""
         for metric in self._measures().values():
             metric.reset()
-        self._records = {}
+        self._records = []
 
     def _measures(self) -> dict[str, PerSourceMean]:
         measures: dict[str, PerSourceMean] = {}
@@ -154,11 +148,17 @@ class CommonsenseQA(Task):
             measures |= {"ranking": self.ranked, "ranking_norm": self.ranked_norm}
         return measures
 
-    def _record(self, sample: Sample) -> dict[str, Any]:
-        """The record of a sample, shared by both judges."""
-        row = sample.row if sample.row is not None else {"prompt": sample.prompt}
-        # both judges see the very same Sample object of a batch
-        return self._records.setdefault(id(sample), {"source": sample.source, **row})
+
+def _choose(score: Tensor, sample: Sample) -> tuple[int, int, int]:
+    """Index of the likeliest option, of the likeliest per character, and of the right one."""
+    if sample.target not in sample.options:
+        raise ValueError(f"{sample.source}: the target {sample.target!r} is not among the options {sample.options}")
+    lengths = torch.tensor([max(1, len(option)) for option in sample.options], device=score.device)
+    return int(score.argmax()), int((score / lengths).argmax()), sample.options.index(sample.target)
+
+
+def _as_floats(flags: Sequence[bool]) -> Tensor:
+    return torch.tensor(flags, dtype=torch.float32)
 
 
 def _references(sample: Sample) -> tuple[str, ...]:

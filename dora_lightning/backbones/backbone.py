@@ -198,10 +198,9 @@ class Backbone(LightningModule):
     def _judge(self, samples: Sequence[Sample]) -> None:
         assert self.task is not None
         prompts = [sample.prompt for sample in samples]
-        if self.task.generation is not None:
-            self.task.update_generated(samples, self.generate(prompts, **self.task.generation))
-        if self.task.ranks_options:
-            self.task.update_ranked(samples, self.rank(prompts, [sample.options for sample in samples]))
+        texts = self.generate(prompts, **self.task.generation) if self.task.generation is not None else None
+        scores = self.rank(prompts, [sample.options for sample in samples]) if self.task.ranks_options else None
+        self.task.update(samples, texts, scores)
 
     def _finish_judging(self, stage: str) -> None:
         assert self.task is not None

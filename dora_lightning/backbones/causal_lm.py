@@ -34,7 +34,7 @@ def supervised_loss(
     """
     targets = labels[:, 1:]
     supervised = targets != IGNORE  # [B, T - 1]
-    hidden = _hidden(model, input_ids=input_ids, attention_mask=attention_mask)
+    hidden = _decoder(model)(input_ids, attention_mask).last_hidden_state  # [B, T, D]
     logits = _logits(model, hidden[:, :-1][supervised])  # [N, V]
     count = int(supervised.sum())
     if count == 0:
@@ -88,15 +88,12 @@ def option_log_likelihoods(
         prefix_lengths = torch.tensor([len(prefix) for prefix in prefixes], device=model.device)
         width = prefix_ids.shape[1]
         prefix_mask = (torch.arange(width, device=model.device) >= width - prefix_lengths[:, None]).long()
-        cache = _decoder(model)(
-            input_ids=prefix_ids,
-            attention_mask=prefix_mask,
-            position_ids=(prefix_mask.cumsum(dim=1) - 1).clamp(min=0),
-            use_cache=True,
-        ).past_key_values
+        prefix_positions = (prefix_mask.cumsum(dim=1) - 1).clamp(min=0)
+        cache = _decoder(model)(prefix_ids, prefix_mask, prefix_positions, use_cache=True).past_key_values
         cache.batch_select_indices(owner)
         mask = torch.cat([prefix_mask[owner], mask], dim=1)
-    hidden = _hidden(model, input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    # by position: transformers renames the cache's keyword between releases
+    hidden = _decoder(model)(inputs, mask, positions, cache).last_hidden_state
     log_probs = torch.zeros(scored.shape, device=model.device)
     logits = _logits(model, hidden[scored]).float()  # [N, V]
     log_probs[scored] = -F.cross_entropy(logits, targets[scored], reduction="none")
@@ -154,15 +151,9 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
     return model.get_decoder()
 
 
-def _hidden(model: PreTrainedModel, **inputs: object) -> Tensor:
-    """Last hidden states ``[B, T, D]``."""
-    return _decoder(model)(**inputs).last_hidden_state
-
-
 def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits ``[N, V]`` of hidden states ``[N, D]``."""
-    head: nn.Module = model.get_output_embeddings()
-    return head(hidden)
+    return model.get_output_embeddings()(hidden)
 
 
 def check_plain_logits(model: PreTrainedModel) -> None:

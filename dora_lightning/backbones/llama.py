@@ -36,7 +36,7 @@ class DoRALlama(Backbone):
         task: how answers are obtained and judged; training needs none.
         judge_in_validation: judge the task in validation too, beside the loss.
         dtype: dtype of the frozen base: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
-        attn_implementation: attention of transformers (``sdpa``, ``flash_attention_2``, ``eager``); null for its default.
+        attn_implementation: attention (``sdpa``, ``flash_attention_2``, ``eager``); null for the default.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """
 
