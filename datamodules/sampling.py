@@ -1,0 +1,114 @@
+"""Batches of samples of like length, so that little of a batch is padding."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import DistributedSampler
+
+MEGA_BATCH = 50
+"""Global batches that are sorted by length together, as in Hugging Face's group-by-length sampler."""
+
+
+class LengthGroupedSampler(DistributedSampler):
+    """Yields whole batches (lists of indices) of samples of like length, each rank its own share.
+
+    Use it as ``DataLoader(dataset, sampler=sampler, batch_size=None)`` over a data set whose ``__getitem__`` takes the
+    list. It is a DistributedSampler, so Lightning leaves it alone under DDP and tells it the epoch.
+
+    Training (``shuffle=True``): the order is a function of the seed and the epoch alone. Samples are shuffled, every
+    50 global batches are sorted by length and cut, and the batches are shuffled again. A global batch
+    (``num_replicas * batch_size`` samples) is the same set on any number of ranks, so a run on four devices follows one
+    on a single device with batches four times as large. Each rank gets ``ceil(samples / global batch)`` full batches:
+    the last one is filled up with the first samples of the shuffle, which are seen twice in that epoch.
+
+    Evaluation (``shuffle=False``): longest first, so that the largest batch fails first, dealt out to the ranks in
+    turn. No sample is repeated, so batches are uneven; yet the number of batches is the same on every rank, as sharded
+    models need, unless there are fewer samples than places for them to go.
+
+    Args:
+        lengths: The length of each sample, in tokens.
+        batch_size: Samples in a batch on one rank.
+        shuffle: Training order rather than evaluation order.
+        seed: Seed of the training order.
+        num_replicas: Ranks that share the data; from ``torch.distributed`` if None, 1 where it is not initialised.
+        rank: Which of them this is; likewise.
+
+    Raises:
+        ValueError: There are no samples, or ``batch_size`` is not positive.
+
+    Example::
+
+        >>> sampler = LengthGroupedSampler([3, 9, 4, 8], batch_size=2, shuffle=False)
+        >>> list(sampler)
+        [[1, 3], [2, 0]]
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        shuffle: bool = True,
+        seed: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        if len(lengths) == 0:
+            raise ValueError("there are no samples to draw batches from")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+        in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if num_replicas is None:
+            num_replicas = torch.distributed.get_world_size() if in_group else 1
+        if rank is None:
+            rank = torch.distributed.get_rank() if in_group else 0
+        super().__init__(lengths, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
+        self.lengths = torch.as_tensor(lengths)
+        self.batch_size = batch_size
+        self.skip_batches = 0
+        """Batches of this epoch that were seen before a restart; iteration leaves them out until the epoch changes."""
+        self.epoch_offset = 0
+        """Added to the epochs that the trainer names, where a restart made it count one twice."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's order; a new epoch begins at its first batch."""
+        epoch += self.epoch_offset
+        if epoch != self.epoch:
+            self.skip_batches = 0
+        super().set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """The batches of this rank.
+
+        They are made here and not at the first ``next``, so the epoch is that of this moment whether or not the loader
+        prefetches. Nothing changes: a loader with workers calls this twice for one pass.
+        """
+        batches = self._training_batches() if self.shuffle else self._evaluation_batches()
+        return iter(batches[self.skip_batches :])
+
+    def __len__(self) -> int:
+        """Batches of this rank in a whole epoch, whatever is skipped."""
+        if self.shuffle:
+            return -(-len(self.lengths) // (self.num_replicas * self.batch_size))
+        return len(self._evaluation_batches())
+
+    def _training_batches(self) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        global_batch = self.num_replicas * self.batch_size
+        order = torch.randperm(len(self.lengths), generator=generator)
+        # repeated as often as needed: there may be fewer samples than one global batch holds
+        filled = order.repeat(-(-len(self) * global_batch // len(order)))[: len(self) * global_batch]
+        grouped = torch.cat([self._longest_first(mega) for mega in filled.split(MEGA_BATCH * global_batch)])
+        global_batches = grouped.view(-1, global_batch)
+        global_batches = global_batches[torch.randperm(len(global_batches), generator=generator)]
+        # dealt out in turn, so that each rank gets as many long ones as the others
+        return global_batches[:, self.rank :: self.num_replicas].tolist()
+
+    def _evaluation_batches(self) -> list[list[int]]:
+        order = self._longest_first(torch.arange(len(self.lengths)))
+        largest_share = -(-len(order) // self.num_replicas)
+        count = -(-largest_share // self.batch_size)
+        share = order[self.rank :: self.num_replicas]
+        return [batch.tolist() for batch in share.tensor_split(count) if len(batch)]
+
+    def _longest_first(self, indices: torch.Tensor) -> torch.Tensor:
+        return indices[self.lengths[indices].argsort(descending=True, stable=True)]

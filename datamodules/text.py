@@ -1,0 +1,148 @@
+"""The base of the text datamodules: samples in, padded batches out, resumable in the middle of an epoch."""
+
+from abc import abstractmethod
+from collections import Counter
+from typing import Any, Literal, TypeAlias
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.encoding import Collator, EncodedDataset, encode_samples
+from datamodules.resuming import ResumableDataLoader, resume_sampler
+from datamodules.rows import OnBadRow
+from datamodules.sampling import LengthGroupedSampler
+from dora_lightning.data import Sample
+from dora_lightning.pretrained import load_tokenizer
+
+Stage: TypeAlias = Literal["train", "validate", "test"]
+
+
+class TextDataModule(LightningDataModule):
+    """Turns the samples that a subclass builds into batches for a causal language model.
+
+    A subclass implements :meth:`build_samples`. Batches are dicts of ``input_ids``, ``attention_mask`` and ``labels``
+    (int64 ``[batch, tokens]``, padded on the right) and ``samples`` (list of :class:`~dora_lightning.data.Sample`).
+
+    Args:
+        tokenizer: A folder, a hub id, a GGUF file or a ``package:`` reference, as for the model itself.
+        batch_size: Training samples in a batch, per device.
+        eval_batch_size: Validation and test samples in a batch, per device.
+        cutoff_len: Most tokens in a sample; longer ones are cut on the right.
+        train_on_inputs: Count the prompt towards the loss. Published commonsense runs do; masking it is the default.
+        num_workers: Processes that collate; samples are encoded once at the start, so 0 serves well.
+        seed: Seed of the order of training batches, and of any subset or split that a subclass draws.
+        on_bad_row: Stop at the first bad row of a file (``raise``), or leave bad rows out and report how many
+            (``skip``).
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        batch_size: int = 16,
+        eval_batch_size: int = 32,
+        cutoff_len: int = 256,
+        train_on_inputs: bool = False,
+        num_workers: int = 0,
+        seed: int = 42,
+        on_bad_row: OnBadRow = "raise",
+    ) -> None:
+        super().__init__()
+        self.tokenizer_name = tokenizer
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.cutoff_len = cutoff_len
+        self.train_on_inputs = train_on_inputs
+        self.num_workers = num_workers
+        self.seed = seed
+        self.on_bad_row = on_bad_row
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self._datasets: dict[Stage, EncodedDataset] = {}
+
+    @abstractmethod
+    def build_samples(self, stage: Stage) -> list[Sample]:
+        """The samples of one stage; an empty list if there are none."""
+
+    def setup(self, stage: str) -> None:
+        """Load the tokenizer and encode the samples that ``stage`` needs; what is there already is kept.
+
+        Raises:
+            ValueError: There is nothing to train on, or ``cutoff_len`` leaves no target of any sample.
+        """
+        # the test set is what predictions are made for
+        wanted: dict[str, tuple[Stage, ...]] = {
+            "fit": ("train", "validate"),
+            "validate": ("validate",),
+            "test": ("test",),
+            "predict": ("test",),
+        }
+        for name in wanted[stage]:
+            if name not in self._datasets:
+                self._datasets[name] = self._encode(name)
+
+    def _encode(self, stage: Stage) -> EncodedDataset:
+        if self.tokenizer is None:
+            self.tokenizer = load_tokenizer(self.tokenizer_name)
+        samples = self.build_samples(stage)
+        encoded = encode_samples(samples, self.tokenizer, self.cutoff_len, self.train_on_inputs)
+        if stage == "test":
+            # generation reads the prompt, so a target that was cut off loses nothing
+            return EncodedDataset(encoded)
+        # without a single label the loss of a batch is 0/0
+        kept = [item for item in encoded if item.trains]
+        if dropped := len(encoded) - len(kept):
+            sources = Counter(item.sample.source or "unnamed" for item in encoded if not item.trains)
+            message = (
+                f"{dropped} of {len(encoded)} {stage} samples were left out, since cutoff_len={self.cutoff_len} cuts "
+                f"off their whole target ({', '.join(f'{name}: {count}' for name, count in sources.items())})"
+            )
+            if not kept:
+                raise ValueError(f"{message}; use a larger cutoff_len")
+            rank_zero_warn(message)
+        if stage == "train" and not kept:
+            raise ValueError(f"{type(self).__name__} has no training samples")
+        return EncodedDataset(kept)
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled batches of like length; goes on where a checkpoint stopped, to the batch."""
+        dataset = self._datasets["train"]
+        sampler = LengthGroupedSampler(dataset.lengths, self.batch_size, seed=self.seed, **self._replicas())
+        if self.trainer is not None:
+            resume_sampler(self.trainer, sampler)
+        return self._loader(dataset, sampler, ResumableDataLoader)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Every validation sample once, longest first; no loader if there are none."""
+        return self._eval_dataloader("validate")
+
+    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Every test sample once, longest first."""
+        return self._eval_dataloader("test")
+
+    def predict_dataloader(self) -> DataLoader | list[DataLoader]:
+        """The test samples."""
+        return self._eval_dataloader("test")
+
+    def _eval_dataloader(self, stage: Stage) -> DataLoader | list[DataLoader]:
+        dataset = self._datasets[stage]
+        if not len(dataset):
+            return []
+        sampler = LengthGroupedSampler(dataset.lengths, self.eval_batch_size, shuffle=False, **self._replicas())
+        return self._loader(dataset, sampler, DataLoader)
+
+    def _loader(self, dataset: EncodedDataset, sampler: LengthGroupedSampler, cls: type[DataLoader]) -> DataLoader:
+        assert self.tokenizer is not None
+        collate = Collator(self.tokenizer.pad_token_id, self.cutoff_len)
+        return cls(
+            dataset,
+            sampler=sampler,
+            batch_size=None,  # the sampler yields whole batches
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _replicas(self) -> dict[str, Any]:
+        # the strategy knows which ranks share a batch, as those of one tensor-parallel group do
+        return (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
