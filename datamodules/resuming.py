@@ -21,9 +21,10 @@ def resume_sampler(trainer: Trainer, sampler: LengthGroupedSampler) -> None:
         sampler: The sampler of a new training loader.
     """
     fit_loop = trainer.fit_loop
-    epochs = fit_loop.epoch_progress.current
     progress = fit_loop.epoch_loop.batch_progress
-    seen = progress.current.processed
+    # Any: both are declared as a class that lacks `processed`
+    epochs: Any = fit_loop.epoch_progress.current
+    batches: Any = progress.current
     if not fit_loop.restarting:
         sampler.set_epoch(epochs.processed)
         return
@@ -32,8 +33,8 @@ def resume_sampler(trainer: Trainer, sampler: LengthGroupedSampler) -> None:
     sampler.epoch_offset = epochs.completed - epochs.processed
     if not progress.is_last_batch:
         sampler.set_epoch(epochs.processed)
-        sampler.skip_batches = seen
-    elif progress.current.completed < seen:
+        sampler.skip_batches = batches.processed
+    elif batches.completed < batches.processed:
         # saved in the last `on_train_batch_end`: Lightning ends that epoch itself and takes this loader for the next
         sampler.set_epoch(epochs.processed + 1)
     else:

@@ -61,7 +61,8 @@ class LengthGroupedSampler(DistributedSampler):
             num_replicas = torch.distributed.get_world_size() if in_group else 1
         if rank is None:
             rank = torch.distributed.get_rank() if in_group else 0
-        super().__init__(lengths, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
+        # of the data set it only wants to know the length
+        super().__init__(lengths, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.lengths = torch.as_tensor(lengths)
         self.batch_size = batch_size
         self.skip_batches = 0

@@ -4,8 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonargparse import ArgumentParser
 
-from datamodules import ARC_OR_OPENBOOKQA, TASKS, CommonsenseDataModule, get_template, parse_hub_row, render_row
+from datamodules import (
+    ARC_OR_OPENBOOKQA,
+    TASKS,
+    CommonsenseDataModule,
+    TextDataModule,
+    get_template,
+    parse_hub_row,
+    render_row,
+)
 from tests.datamodules.commonsense_examples import HUB_ROWS, row_of
 
 OWN = {
@@ -52,6 +61,13 @@ def test_label_style_is_the_published_protocol(folder: Path) -> None:
     assert train.references == ("option2",)
     assert train.source == "winogrande"
     assert train.row == row
+
+
+def test_a_template_s_prefix_leads_target_and_options(folder: Path) -> None:
+    sample = module(folder, test_tasks=["boolq"], template="plain").build_samples("test")[0]
+    assert sample.target == " the correct answer is false"
+    assert sample.options == (" the correct answer is true", " the correct answer is false")
+    assert sample.references == ("false",)
 
 
 def test_text_style_shows_the_question_and_wants_the_text(folder: Path) -> None:
@@ -195,3 +211,17 @@ def test_all_real_rows_in_both_styles(real_data: Path) -> None:
         assert Counter(sample.source for sample in samples) == counts
         assert all(sample.options.count(sample.target) >= 1 for sample in samples)
         assert all(sample.target.endswith(sample.references[0]) for sample in samples)
+
+
+def test_arguments_come_from_yaml(folder: Path, tmp_path: Path) -> None:
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(TextDataModule, "data")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "data:\n  class_path: datamodules.CommonsenseDataModule\n  init_args:\n    tokenizer: some-model\n"
+        f"    data_dir: {folder}\n    train_tasks: [boolq]\n    test_tasks: all\n    limit_test: 3\n"
+    )
+    data = parser.instantiate(parser.parse_path(str(config))).data
+    assert isinstance(data, CommonsenseDataModule)
+    assert (data.train_tasks, data.test_tasks) == (["boolq"], ["boolq", "piqa", "winogrande"])
+    assert (data.tokenizer_name, data.batch_size, data.limit_test) == ("some-model", 16, 3)
