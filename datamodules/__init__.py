@@ -13,6 +13,8 @@ from datamodules.commonsense_rows import (
     render_row,
 )
 from datamodules.encoding import IGNORE, Collator, EncodedDataset, EncodedSample, encode_samples
+from datamodules.everyday import EverydayDataModule
+from datamodules.everyday_questions import everyday_questions
 from datamodules.resuming import ResumableDataLoader, resume_sampler
 from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, read_rows, require_field
 from datamodules.sampling import LengthGroupedSampler
@@ -29,6 +31,7 @@ __all__ = [
     "CommonsenseDataModule",
     "EncodedDataset",
     "EncodedSample",
+    "EverydayDataModule",
     "LengthGroupedSampler",
     "OnBadRow",
     "PromptTemplate",
@@ -41,6 +44,7 @@ __all__ = [
     "convert_file",
     "convert_rows",
     "encode_samples",
+    "everyday_questions",
     "get_template",
     "load_hub_split",
     "parse_hub_row",

@@ -1,7 +1,7 @@
 """The method in pure torch: knows nothing of Lightning, transformers or tasks."""
 
 from dora_lightning.adapters.config import AdapterConfig
-from dora_lightning.adapters.inject import adapter_layers, find_targets, inject_adapters
+from dora_lightning.adapters.inject import adapted_submodule, adapter_layers, find_targets, inject_adapters
 from dora_lightning.adapters.layers import AdapterLayer, DoRALinear, LoRALinear, MagnitudeLinear
 from dora_lightning.adapters.merge import merge_adapters, unmerge_adapters
 from dora_lightning.adapters.summary import AdapterSummary, parameter_group, summarize_adapters
@@ -13,6 +13,7 @@ __all__ = [
     "DoRALinear",
     "LoRALinear",
     "MagnitudeLinear",
+    "adapted_submodule",
     "adapter_layers",
     "find_targets",
     "inject_adapters",

@@ -78,6 +78,19 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
             yield name, module
 
 
+def adapted_submodule(module: nn.Module) -> tuple[str, nn.Module]:
+    """Dotted name of the model inside ``module`` that adapters were injected into ("" for ``module``), and that model.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    found = [(name, child) for name, child in module.named_modules() if hasattr(child, "adapter_config")]
+    if len(found) != 1:
+        names = ", ".join(name or "the module itself" for name, _ in found) or "none"
+        raise ValueError(f"expected one model with adapters inside {type(module).__name__}, found {names}")
+    return found[0]
+
+
 def _matches(
     modules: dict[str, nn.Module], patterns: str | list[str], option: str, output_embedding: nn.Module | None
 ) -> set[str]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_lightning.adapters import AdapterConfig, inject_adapters, summarize_adapters
 from dora_lightning.data import Sample
+from dora_lightning.files import write_text_atomically
 from dora_lightning.task import Task
 from dora_lightning.training.adapter_checkpoint import KEY, check_adapter_entry, write_adapter_entry
 from dora_lightning.training.base_identity import base_identity
@@ -100,6 +101,7 @@ class Backbone(LightningModule):
             return
         model, self.tokenizer = self.load_pretrained()
         inject_adapters(model, self.adapter)
+        model.train()  # from_pretrained returns it in evaluation mode, and Lightning keeps what it finds
         self._base = base_identity(model, self.model_name_or_path)
         self.model = model
 
@@ -151,6 +153,17 @@ class Backbone(LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        """Start the metrics anew: here, since states reset inside `trainer.validate` are inference tensors."""
+        self.validation_loss.reset()
+        if self.task is not None:
+            self.task.reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Start the metrics anew."""
+        assert self.task is not None
+        self.task.reset()
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Held-out loss, weighted by tokens, and the task if it is judged in validation."""
         loss, tokens = self.loss(batch)
@@ -162,7 +175,6 @@ class Backbone(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the loss and the task's metrics."""
         self.log("val/loss", self.validation_loss.compute(), prog_bar=True)
-        self.validation_loss.reset()
         if self.judge_in_validation:
             self._finish_judging("val")
 
@@ -208,7 +220,6 @@ class Backbone(LightningModule):
         self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()})
         records = self._gather(self.task.records())
         table = self.task.table(metrics)
-        self.task.reset()
         if self.trainer.sanity_checking or not self.trainer.is_global_zero:
             return
         if stage == "test":
@@ -220,7 +231,7 @@ class Backbone(LightningModule):
             return
         path = Path(self.trainer.log_dir) / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        write_text_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
         rank_zero_info(f"Predictions: {path}")
 
     def _gather(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ vocabulary of 128,000 the logits ``[B, T, V]`` would dominate memory; here only 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,11 @@ def option_log_likelihoods(
 
 @torch.no_grad()
 def generate_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **options: object
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    add_special_tokens: bool = True,
+    **options: Any,
 ) -> list[str]:
     """Continuation of each prompt, without the prompt and without special tokens.
 
@@ -110,10 +115,14 @@ def generate_texts(
         model: causal language model.
         tokenizer: its tokenizer.
         prompts: read as they are; padded on the left.
+        add_special_tokens: begin each prompt as the tokenizer does; False for prompts that a chat template made.
         options: handed to ``generate`` of transformers (``max_new_tokens``, ``num_beams``, ``do_sample``, ...).
     """
-    encoded = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
-    output = model.generate(
+    encoded = tokenizer(
+        list(prompts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=add_special_tokens
+    ).to(model.device)
+    generate: Callable[..., Tensor] = cast(Any, model).generate
+    output = generate(
         input_ids=encoded["input_ids"],
         attention_mask=encoded["attention_mask"],
         pad_token_id=tokenizer.pad_token_id,

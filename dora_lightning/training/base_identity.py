@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 _SAMPLES = 8
 # two roundings to half precision of the same number differ by less than this
-_HALF_TOLERANCE = 2.0**-7
+_OTHER_DTYPE_RTOL = 2.0**-7
 
 
 def base_identity(model: nn.Module, name: str) -> dict[str, Any]:
@@ -19,13 +19,16 @@ def base_identity(model: nn.Module, name: str) -> dict[str, Any]:
         model: the model with real weights, with or without adapters.
         name: folder or hub id it was loaded from.
     """
-    samples = {
-        _plain_name(key): _sample(parameter)
+    frozen = {
+        key.replace(".base_layer.", "."): parameter
         for key, parameter in model.named_parameters()
         if not parameter.requires_grad and parameter.is_floating_point() and not parameter.is_meta
     }
-    dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if not p.requires_grad}
-    return {"name": name, "dtypes": sorted(dtypes), "samples": samples}
+    return {
+        "name": name,
+        "samples": {key: _sample(parameter) for key, parameter in frozen.items()},
+        "dtypes": {key: str(parameter.dtype) for key, parameter in frozen.items()},
+    }
 
 
 def check_same_base(saved: dict[str, Any], present: dict[str, Any]) -> None:
@@ -34,32 +37,32 @@ def check_same_base(saved: dict[str, Any], present: dict[str, Any]) -> None:
     Raises:
         ValueError: they differ; the message names both models and the first weight that differs.
     """
-    ours, theirs = present["samples"], saved["samples"]
-    exact = saved["dtypes"] == present["dtypes"]
-    for key in theirs.keys() | ours.keys():
-        if key not in ours or key not in theirs:
-            where = "this base" if key not in ours else "the checkpoint's base"
-            raise _wrong_base(saved, present, f"{where} has no weight {key}")
-    for key, theirs_sample in theirs.items():
-        if not _same(theirs_sample, ours[key], exact):
-            raise _wrong_base(saved, present, f"{key} holds other values")
+    theirs, ours = saved["samples"], present["samples"]
+    for key in sorted(theirs.keys() ^ ours.keys()):
+        where = "this base" if key in theirs else "the checkpoint's base"
+        raise _wrong_base(saved, present["name"], f"{where} has no weight {key}")
+    for key in theirs:
+        _compare(saved, key, ours[key], present["dtypes"][key], present["name"])
 
 
-def _same(a: Tensor, b: Tensor, exact: bool) -> bool:
-    if a.shape != b.shape:
-        return False
-    return torch.equal(a, b) if exact else torch.allclose(a, b, rtol=_HALF_TOLERANCE, atol=1e-7)
+def check_weight_of_base(saved: dict[str, Any], key: str, weight: Tensor, name: str) -> None:
+    """As :func:`check_same_base`, for one weight of the base ``name``; a weight that was not recorded passes."""
+    if key in saved["samples"]:
+        _compare(saved, key, _sample(weight), str(weight.dtype), name)
 
 
-def _wrong_base(saved: dict[str, Any], present: dict[str, Any], reason: str) -> ValueError:
+def _compare(saved: dict[str, Any], key: str, ours: Tensor, dtype: str, name: str) -> None:
+    theirs = saved["samples"][key]
+    rtol = 0.0 if saved["dtypes"][key] == dtype else _OTHER_DTYPE_RTOL
+    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=rtol, atol=1e-5 * rtol):
+        raise _wrong_base(saved, name, f"{key} holds other values")
+
+
+def _wrong_base(saved: dict[str, Any], name: str, reason: str) -> ValueError:
     return ValueError(
-        f"the checkpoint was trained on another base model: {saved['name']!r}, not {present['name']!r} ({reason}). "
+        f"the checkpoint was trained on another base model: {saved['name']!r}, not {name!r} ({reason}). "
         "Load it on the base it was trained on."
     )
-
-
-def _plain_name(key: str) -> str:
-    return key.replace(".base_layer.", ".")
 
 
 def _sample(parameter: Tensor) -> Tensor:

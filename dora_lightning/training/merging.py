@@ -22,21 +22,20 @@ from torch import Tensor
 
 from dora_lightning.adapters import AdapterConfig
 from dora_lightning.adapters.functional import merge_weight
-from dora_lightning.adapters.summary import GROUPS, parameter_group
+from dora_lightning.adapters.summary import parameter_group
 from dora_lightning.pretrained import resolve_pretrained
+from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint
+from dora_lightning.training.base_identity import check_weight_of_base
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
 
 
-def merge_to_folder(
-    base: str, config: AdapterConfig, tensors: Mapping[str, Tensor], output: str | Path, overwrite: bool = False
-) -> Path:
+def merge_to_folder(base: str, adapter: AdapterCheckpoint, output: str | Path, overwrite: bool = False) -> Path:
     """Write the merged model as a Hugging Face folder that ``transformers`` loads without this library.
 
     Args:
         base: folder, hub id, GGUF file or package the adapter was trained on.
-        config: how the adapter was injected.
-        tensors: name inside the model -> trained tensor (``...q_proj.lora_A``, ``...magnitude``, or a whole weight).
+        adapter: config, identity of the base, and trained tensors.
         output: folder to make.
         overwrite: replace ``output`` if it exists.
 
@@ -45,7 +44,7 @@ def merge_to_folder(
 
     Raises:
         FileExistsError: ``output`` exists and may not be overwritten.
-        ValueError: the base has no safetensors, or lacks a weight that the adapter belongs to.
+        ValueError: the base is not the one the adapter was trained on, or has no safetensors.
         OSError: the disk is full. Nothing is left behind in any case.
     """
     output = Path(output)
@@ -55,7 +54,7 @@ def merge_to_folder(
     files = sorted(source.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{source} holds no safetensors files, the only kind of weights that is read")
-    updates = _group_by_module(tensors)
+    updates = _group_by_module(adapter.tensors)
     _check_weights_exist(files, updates, source)
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +65,7 @@ def merge_to_folder(
             if file.is_file() and file.suffix not in _WEIGHT_SUFFIXES and not file.name.endswith(".bin.index.json"):
                 shutil.copyfile(file, partial / file.name)
         for file in files:
-            _merge_file(file, partial / file.name, config, updates)
+            _merge_file(file, partial / file.name, adapter, updates, base)
         partial.chmod(0o755)
         _replace(partial, output)
     except OSError as error:
@@ -80,7 +79,9 @@ def merge_to_folder(
     return output
 
 
-def _merge_file(source: Path, target: Path, config: AdapterConfig, updates: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _merge_file(
+    source: Path, target: Path, adapter: AdapterCheckpoint, updates: Mapping[str, Mapping[str, Tensor]], base: str
+) -> None:
     with open(source, "rb") as reader, open(target, "wb") as writer, safe_open(source, framework="pt") as weights:
         length = reader.read(8)
         header = reader.read(int.from_bytes(length, "little"))
@@ -88,8 +89,9 @@ def _merge_file(source: Path, target: Path, config: AdapterConfig, updates: Mapp
         writer.write(header)
         for name in _in_file_order(header):
             tensor = weights.get_tensor(name)
+            check_weight_of_base(adapter.base, name, tensor, base)
             if update := updates.get(name):
-                tensor = _merged(name, tensor, update, config)
+                tensor = _merged(name, tensor, update, adapter.config)
             _write_tensor(writer, tensor)
 
 
@@ -126,7 +128,6 @@ def _group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tenso
         group = parameter_group(name)
         weight = name if group == "other" else name.rpartition(".")[0] + ".weight"
         updates.setdefault(weight.replace(".base_layer.", "."), {})[group] = tensor.detach().cpu()
-    assert all(part in GROUPS for update in updates.values() for part in update)
     return updates
 
 

@@ -1,0 +1,181 @@
+"""The ``dora-lightning`` command: Lightning's verbs with a config file, and verbs that work on finished runs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import auto_cli
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from rich.console import Console
+from rich.table import Table
+
+import dora_lightning
+import dora_lightning.backbones
+import dora_lightning.callbacks
+from dora_lightning.offline import generate, merge
+from dora_lightning.runs import RESULT_FILE, next_version, unfinished_run, write_result
+
+BEFORE_FILE = "before.json"
+
+TRAINER_VERBS = {
+    "fit": "train from a config file: dora-lightning fit --config configs/quickstart.yaml",
+    "validate": "evaluate on the validation data",
+    "test": "evaluate on the test data: ... test --config run/config.yaml --ckpt_path run/checkpoints/last.ckpt",
+    "predict": "generate an answer for each test sample",
+}
+OFFLINE_VERBS: dict[str, Callable[..., Any]] = {"merge": merge, "generate": generate}
+
+
+class DoRACLI(LightningCLI):
+    """LightningCLI for any LightningModule and LightningDataModule, with run folders and resuming.
+
+    The optimiser is an argument of the module: Lightning's own ``--optimizer`` would be built from the parameters that
+    exist before adapters are injected and would train none of them.
+    """
+
+    def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={
+                "prog": "dora-lightning",
+                "parser_mode": "omegaconf+",
+                "dump_header": [f"dora-lightning {dora_lightning.__version__}"],
+            },
+            args=args,
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The data module's tokenizer is that of the model, named once."""
+        parser.link_arguments("model.init_args.model_name_or_path", "data.init_args.tokenizer", apply_on="parse")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--resume",
+                type=bool,
+                default=False,
+                help="Go on with the newest run of trainer.default_root_dir if it was interrupted.",
+            )
+            parser.add_argument(
+                "--evaluate_before",
+                type=bool,
+                default=False,
+                help="Validate before the first step too, and print a table of before and after.",
+            )
+        if subcommand in ("validate", "test"):
+            # the backbone prints a table of its own
+            parser.set_defaults({"verbose": False})
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """Do not let hyperparameters of a checkpoint override the config and the command line."""
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the run's folder, for a new run or the one to go on with."""
+        if self.subcommand is None:
+            return
+        config = self.config[self.subcommand]
+        root = Path(config.trainer.default_root_dir or "runs")
+        version = next_version(root)
+        if config.get("resume") and config.ckpt_path is None and (unfinished := unfinished_run(root)):
+            version, checkpoint = unfinished
+            config.ckpt_path = str(checkpoint)
+            rank_zero_info(f"Resuming the interrupted run {checkpoint.parent.parent}; --resume false starts a new one")
+        if config.trainer.logger in (None, True):
+            names = ("TensorBoardLogger", "CSVLogger")
+            init_args = {"save_dir": str(root), "name": "", "version": version}
+            config.trainer.logger = [
+                {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": init_args} for name in names
+            ]
+            config.trainer.default_root_dir = str(root)
+
+    def before_fit(self) -> None:
+        """Evaluate the model as it is, unless the run that goes on has done so."""
+        if not self.config.fit.evaluate_before or self._saved_before() is not None:
+            return
+        before = self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)[0]
+        folder = self._run_folder()
+        if self.trainer.is_global_zero and folder is not None:
+            write_result(folder, BEFORE_FILE, before)
+
+    def after_fit(self) -> None:
+        """Say what came out, and mark the run as finished."""
+        folder = self._run_folder()
+        if folder is None or not self.trainer.is_global_zero or self.trainer.interrupted:
+            return
+        after = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        before = self._saved_before()
+        if before is not None:
+            Console().print(_comparison(before, after))
+        write_result(folder, RESULT_FILE, {"steps": self.trainer.global_step, "before": before, "after": after})
+        checkpoint = self.trainer.checkpoint_callback
+        saved = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
+        Console().print(f"Run folder: {folder}" + (f"\nAdapter checkpoint: {saved}" if saved else ""), highlight=False)
+
+    def _run_folder(self) -> Path | None:
+        return Path(self.trainer.log_dir) if self.trainer.log_dir else None
+
+    def _saved_before(self) -> dict[str, float] | None:
+        folder = self._run_folder()
+        path = folder / BEFORE_FILE if folder else None
+        return json.loads(path.read_text()) if path is not None and path.is_file() else None
+
+
+def _comparison(before: dict[str, float], after: dict[str, float]) -> Table:
+    table = Table(title="Held-out results before and after", title_justify="left")
+    for column in ("", "before", "after", "change"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name in before:
+        if name not in after:
+            continue
+        loss = name.endswith("loss")
+        scale, form = (1.0, "{:.3f}") if loss else (100.0, "{:.1f} %")
+        change = ("{:+.3f}" if loss else "{:+.1f}").format(scale * (after[name] - before[name]))
+        table.add_row(
+            name.removeprefix("val/"), form.format(scale * before[name]), form.format(scale * after[name]), change
+        )
+    return table
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the command."""
+    args = sys.argv[1:] if args is None else args
+    # recipes and the user's own classes are found in the current folder, as `python -m` would
+    sys.path.insert(0, os.getcwd())
+    verb = args[0] if args else "--help"
+    if verb in OFFLINE_VERBS:
+        auto_cli(OFFLINE_VERBS[verb], args=args[1:], prog=f"dora-lightning {verb}", as_positional=True)
+    elif verb in TRAINER_VERBS:
+        for recipes in ("datamodules", "tasks"):
+            # importing them makes their classes known by their short names; elsewhere there need be none
+            if importlib.util.find_spec(recipes):
+                importlib.import_module(recipes)
+        DoRACLI(args)
+    elif verb == "--version":
+        print(dora_lightning.__version__)
+    elif verb in ("--help", "-h"):
+        print(_usage())
+    else:
+        sys.exit(f"dora-lightning: unknown verb {verb!r}\n\n{_usage()}")
+
+
+def _usage() -> str:
+    verbs = TRAINER_VERBS | {name: (verb.__doc__ or "").partition("\n")[0] for name, verb in OFFLINE_VERBS.items()}
+    lines = [f"  {name:<10} {text}" for name, text in verbs.items()]
+    return "\n".join(["usage: dora-lightning VERB [options]; dora-lightning VERB --help explains them", "", *lines])

@@ -1,0 +1,42 @@
+"""Run folders: ``<root>/version_N`` holds a run's config, logs, checkpoints and results."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dora_lightning.files import write_text_atomically
+
+RESULT_FILE = "result.json"
+"""Written when a fit has finished; a run folder without it was interrupted."""
+
+
+def next_version(root: Path) -> int:
+    """Number of the first run folder that does not exist yet, counting up from the newest."""
+    return max(_versions(root), default=-1) + 1
+
+
+def unfinished_run(root: Path) -> tuple[int, Path] | None:
+    """Version and last checkpoint of the newest run if it was interrupted after it had saved one."""
+    version = max(_versions(root), default=None)
+    if version is None:
+        return None
+    folder = root / f"version_{version}"
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    return None if (folder / RESULT_FILE).exists() or not checkpoint.exists() else (version, checkpoint)
+
+
+def write_result(folder: Path, name: str, content: Mapping[str, Any]) -> None:
+    """Write a JSON file of results into a run folder, all of it or nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(folder / name, json.dumps(content, indent=2) + "\n")
+
+
+def _versions(root: Path) -> list[int]:
+    if not root.is_dir():
+        return []
+    found = (re.fullmatch(r"version_(\d+)", folder.name) for folder in root.iterdir() if folder.is_dir())
+    return [int(match.group(1)) for match in found if match]
