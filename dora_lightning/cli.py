@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +101,7 @@ class DoRACLI(LightningCLI):
             config.ckpt_path = str(checkpoint)
             rank_zero_info(f"Resuming the interrupted run {checkpoint.parent.parent}; --resume false starts a new one")
         if config.trainer.logger in (None, True):
-            names = ("TensorBoardLogger", "CSVLogger")
-            init_args = {"save_dir": str(root), "name": "", "version": version}
-            config.trainer.logger = [
-                {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": init_args} for name in names
-            ]
+            config.trainer.logger = _loggers(root, version)
             config.trainer.default_root_dir = str(root)
 
     def before_fit(self) -> None:
@@ -117,15 +116,20 @@ class DoRACLI(LightningCLI):
     def after_fit(self) -> None:
         """Say what came out, and mark the run as finished."""
         folder = self._run_folder()
-        if folder is None or not self.trainer.is_global_zero or self.trainer.interrupted:
+        if folder is None or self.trainer.interrupted:
+            return
+        checkpoint = self.trainer.checkpoint_callback
+        saved = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
+        if getattr(checkpoint, "last_model_path", ""):
+            # saved every so many steps, it need not be the end of the run
+            self.trainer.save_checkpoint(saved)  # on every process: a sharded strategy gathers
+        if not self.trainer.is_global_zero:
             return
         after = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         before = self._saved_before()
         if before is not None:
             Console().print(_comparison(before, after))
         write_result(folder, RESULT_FILE, {"steps": self.trainer.global_step, "before": before, "after": after})
-        checkpoint = self.trainer.checkpoint_callback
-        saved = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
         Console().print(f"Run folder: {folder}" + (f"\nAdapter checkpoint: {saved}" if saved else ""), highlight=False)
 
     def _run_folder(self) -> Path | None:
@@ -137,30 +141,49 @@ class DoRACLI(LightningCLI):
         return json.loads(path.read_text()) if path is not None and path.is_file() else None
 
 
+def _loggers(root: Path, version: int) -> list[dict[str, Any]]:
+    """TensorBoard and CSV logs. A run that goes on gets another CSV file, since Lightning would empty the first."""
+    folder = root / f"version_{version}"
+    table = next(name for number in count() if not (folder / (name := f"metrics_{number}")).exists())
+    return [
+        {
+            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+            "init_args": {"save_dir": str(root), "name": "", "version": version},
+        },
+        {
+            "class_path": "lightning.pytorch.loggers.CSVLogger",
+            "init_args": {"save_dir": str(root), "name": folder.name, "version": table},
+        },
+    ]
+
+
 def _comparison(before: dict[str, float], after: dict[str, float]) -> Table:
-    table = Table(title="Held-out results before and after", title_justify="left")
-    for column in ("", "before", "after", "change"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name in before:
-        if name not in after:
-            continue
-        loss = name.endswith("loss")
-        scale, form = (1.0, "{:.3f}") if loss else (100.0, "{:.1f} %")
-        change = ("{:+.3f}" if loss else "{:+.1f}").format(scale * (after[name] - before[name]))
-        table.add_row(
-            name.removeprefix("val/"), form.format(scale * before[name]), form.format(scale * after[name]), change
-        )
+    """Held-out results: data sets in rows, measures in columns, the loss below."""
+    shared = [name.removeprefix("val/") for name in before if name in after]
+    measures = list(dict.fromkeys(name.rpartition("/")[2] for name in shared if "/" in name))
+    table = Table(title="Held-out results before -> after", title_justify="left")
+    table.add_column("")
+    for measure in measures:
+        table.add_column(f"{measure} (%)", justify="right")
+    for source in dict.fromkeys(name.rpartition("/")[0] for name in shared if "/" in name):
+        if source == "mean":
+            table.add_section()
+        cells = [(100 * before[f"val/{source}/{m}"], 100 * after[f"val/{source}/{m}"]) for m in measures]
+        table.add_row(source, *(f"{old:.1f} -> {new:.1f}" for old, new in cells))
+    if "loss" in shared:
+        table.caption = f"loss {before['val/loss']:.3f} -> {after['val/loss']:.3f}"
     return table
 
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the command."""
-    args = sys.argv[1:] if args is None else args
+    given = sys.argv[1:] if args is None else args
+    _quiet()
     # recipes and the user's own classes are found in the current folder, as `python -m` would
     sys.path.insert(0, os.getcwd())
-    verb = args[0] if args else "--help"
+    verb = given[0] if given else "--help"
     if verb in OFFLINE_VERBS:
-        auto_cli(OFFLINE_VERBS[verb], args=args[1:], prog=f"dora-lightning {verb}", as_positional=True)
+        auto_cli(OFFLINE_VERBS[verb], args=given[1:], prog=f"dora-lightning {verb}", as_positional=True)
     elif verb in TRAINER_VERBS:
         for recipes in ("datamodules", "tasks"):
             # importing them makes their classes known by their short names; elsewhere there need be none
@@ -173,6 +196,16 @@ def main(args: list[str] | None = None) -> None:
         print(_usage())
     else:
         sys.exit(f"dora-lightning: unknown verb {verb!r}\n\n{_usage()}")
+
+
+def _quiet() -> None:
+    """Leave out advertisements and the deprecation warnings of others that a user cannot act on."""
+    warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")
+    warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
 
 
 def _usage() -> str:

@@ -111,8 +111,6 @@ class Backbone(LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        if isinstance(scheduler, WarmupDecay):
-            scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
         config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             config = {"scheduler": scheduler, "interval": "epoch", "monitor": "val/loss"}
@@ -126,10 +124,15 @@ class Backbone(LightningModule):
             Console().print(summary_table(summarize_adapters(self.language_model)))
 
     def on_train_start(self) -> None:
-        """Let optimiser settings that changed since the checkpoint win, and say so."""
+        """Let optimiser settings that changed since the checkpoint win, and tell the schedule the length of the run."""
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         for change in apply_overrides(self._saved_options, self._configured, self._optimizers(), schedulers):
             rank_zero_info(f"The config overrides the checkpoint: {change}")
+        for scheduler in schedulers:
+            if isinstance(scheduler, WarmupDecay):
+                # not in configure_optimizers: counting the batches there makes the training loader before the position
+                # in it is restored, and a resumed run would begin its epoch anew
+                scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
 
     @property
     def language_model(self) -> PreTrainedModel:

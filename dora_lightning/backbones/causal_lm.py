@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORE = -100
 """Label of a position that is not supervised, as everywhere in torch and transformers."""
@@ -90,7 +90,8 @@ def option_log_likelihoods(
         width = prefix_ids.shape[1]
         prefix_mask = (torch.arange(width, device=model.device) >= width - prefix_lengths[:, None]).long()
         prefix_positions = (prefix_mask.cumsum(dim=1) - 1).clamp(min=0)
-        cache = _decoder(model)(prefix_ids, prefix_mask, prefix_positions, use_cache=True).past_key_values
+        cache = DynamicCache(config=model.config)
+        _decoder(model)(prefix_ids, prefix_mask, prefix_positions, cache)
         cache.batch_select_indices(owner)
         mask = torch.cat([prefix_mask[owner], mask], dim=1)
     # by position: transformers renames the cache's keyword between releases
