@@ -63,28 +63,21 @@ class DoRACLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The data module's tokenizer is that of the model, named once."""
+        """Options beside Lightning's own; every verb knows them, so that one config file serves all."""
+        # the data module's tokenizer is that of the model, named once
         parser.link_arguments("model.init_args.model_name_or_path", "data.init_args.tokenizer", apply_on="parse")
-
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "fit":
-            parser.add_argument(
-                "--resume",
-                type=bool,
-                default=False,
-                help="Go on with the newest run of trainer.default_root_dir if it was interrupted.",
-            )
-            parser.add_argument(
-                "--evaluate_before",
-                type=bool,
-                default=False,
-                help="Validate before the first step too, and print a table of before and after.",
-            )
-        if subcommand in ("validate", "test"):
-            # the backbone prints a table of its own
-            parser.set_defaults({"verbose": False})
-        return parser
+        parser.add_argument(
+            "--resume",
+            type=bool,
+            default=False,
+            help="fit: go on with the newest run of trainer.default_root_dir if it was interrupted.",
+        )
+        parser.add_argument(
+            "--evaluate_before",
+            type=bool,
+            default=False,
+            help="fit: validate before the first step too, and print a table of before and after.",
+        )
 
     def _parse_ckpt_path(self) -> None:
         """Do not let hyperparameters of a checkpoint override the config and the command line."""
@@ -96,7 +89,8 @@ class DoRACLI(LightningCLI):
         config = self.config[self.subcommand]
         root = Path(config.trainer.default_root_dir or "runs")
         version = next_version(root)
-        if config.get("resume") and config.ckpt_path is None and (unfinished := unfinished_run(root)):
+        resume = self.subcommand == "fit" and config.resume and config.ckpt_path is None
+        if resume and (unfinished := unfinished_run(root)):
             version, checkpoint = unfinished
             config.ckpt_path = str(checkpoint)
             rank_zero_info(f"Resuming the interrupted run {checkpoint.parent.parent}; --resume false starts a new one")
