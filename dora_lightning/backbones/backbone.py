@@ -14,19 +14,15 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 from torch import Tensor
-from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dora_lightning.adapters import AdapterConfig, inject_adapters, summarize_adapters
+from dora_lightning.adapters import AdapterConfig, inject_adapters
 from dora_lightning.data import Sample
 from dora_lightning.files import write_text_atomically
 from dora_lightning.task import Task
-from dora_lightning.training.adapter_checkpoint import KEY, check_adapter_entry, write_adapter_entry
-from dora_lightning.training.base_identity import base_identity
-from dora_lightning.training.parameter_groups import check_optimizers, parameter_groups
-from dora_lightning.training.report import summary_table
-from dora_lightning.training.resume import apply_overrides, configured_options
+from dora_lightning.training.adapter_run import AdapterRun
+from dora_lightning.training.parameter_groups import parameter_groups
 from dora_lightning.training.schedules import WarmupDecay
 
 
@@ -69,9 +65,7 @@ class Backbone(LightningModule):
         self.validation_loss = MeanMetric()
         # the base is not in the checkpoint; check_adapter_entry does what strict loading would
         self.strict_loading = False
-        self._base: dict[str, Any] = {}
-        self._configured: list[list[dict[str, Any]]] = []
-        self._saved_options: list[list[dict[str, Any]]] = []
+        self._run = AdapterRun()
         self._predicted: list[dict[str, Any]] = []
         self.save_hyperparameters({"model_name_or_path": model_name_or_path, "adapter": self.adapter.to_dict()})
 
@@ -102,7 +96,7 @@ class Backbone(LightningModule):
         model, self.tokenizer = self.load_pretrained()
         inject_adapters(model, self.adapter)
         model.train()  # from_pretrained returns it in evaluation mode, and Lightning keeps what it finds
-        self._base = base_identity(model, self.model_name_or_path)
+        self._run.remember_base(model, self.model_name_or_path)
         self.model = model
 
     def configure_optimizers(self) -> Any:
@@ -118,21 +112,16 @@ class Backbone(LightningModule):
 
     def on_fit_start(self) -> None:
         """Check that the optimiser has what trains, and print what that is."""
-        check_optimizers(self, self._optimizers())
-        self._configured = configured_options(self._optimizers())
-        if self.trainer.is_global_zero:
-            Console().print(summary_table(summarize_adapters(self.language_model)))
+        self._run.on_fit_start(self.trainer, self)
 
     def on_train_start(self) -> None:
         """Let optimiser settings that changed since the checkpoint win, and tell the schedule the length of the run."""
-        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        for change in apply_overrides(self._saved_options, self._configured, self._optimizers(), schedulers):
-            rank_zero_info(f"The config overrides the checkpoint: {change}")
-        for scheduler in schedulers:
-            if isinstance(scheduler, WarmupDecay):
+        self._run.on_train_start(self.trainer)
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, WarmupDecay):
                 # not in configure_optimizers: counting the batches there makes the training loader before the position
                 # in it is restored, and a resumed run would begin its epoch anew
-                scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
+                config.scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -144,9 +133,6 @@ class Backbone(LightningModule):
         if self.model is None:
             raise RuntimeError("the model is not loaded yet: call configure_model(), or let a Trainer do it")
         return self.model
-
-    def _optimizers(self) -> list[Optimizer]:
-        return self.trainer.optimizers
 
     # Loops -------------------------------------------------------------------------------------------------------
 
@@ -248,11 +234,9 @@ class Backbone(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what trains, and say what base it belongs to."""
-        write_adapter_entry(checkpoint, self, self.adapter, self._base, prefix="model.")
-        checkpoint[KEY]["optimizer_options"] = self._configured
+        self._run.on_save_checkpoint(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base or adapter."""
         self.configure_model()
-        check_adapter_entry(checkpoint, self, self.adapter, self._base)
-        self._saved_options = checkpoint[KEY].get("optimizer_options", [])
+        self._run.on_load_checkpoint(self, checkpoint)

@@ -1,0 +1,63 @@
+"""What a run with adapters does when it starts, at each checkpoint, and when it is resumed.
+
+A backbone and the ``DoRA`` callback do the same here; both hold one :class:`AdapterRun`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from rich.console import Console
+from torch import nn
+
+from dora_lightning.adapters import AdapterConfig, adapted_submodule, summarize_adapters
+from dora_lightning.training.adapter_checkpoint import KEY, check_adapter_entry, write_adapter_entry
+from dora_lightning.training.base_identity import base_identity
+from dora_lightning.training.parameter_groups import check_optimizers
+from dora_lightning.training.report import summary_table
+from dora_lightning.training.resume import apply_overrides, configured_options
+
+
+class AdapterRun:
+    """State and steps of a run with adapters, to be called from the hooks of the same names."""
+
+    def __init__(self) -> None:
+        self._base: dict[str, Any] = {}
+        self._configured: list[list[dict[str, Any]]] = []
+        self._restored: list[list[dict[str, Any]]] = []
+
+    def remember_base(self, model: nn.Module, name: str) -> None:
+        """Take down what the base model is, while its weights are whole."""
+        self._base = base_identity(model, name)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the optimisers have what trains, and print what that is."""
+        check_optimizers(pl_module, trainer.optimizers)
+        self._configured = configured_options(trainer.optimizers)
+        if trainer.is_global_zero:
+            Console().print(summary_table(summarize_adapters(pl_module)))
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Let optimiser settings that changed since the checkpoint win, and say so."""
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        for change in apply_overrides(self._restored, self._configured, trainer.optimizers, schedulers):
+            rank_zero_info(f"The config overrides the checkpoint: {change}")
+
+    def on_save_checkpoint(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep what trains, and say what base it belongs to."""
+        prefix, config = _adapted(pl_module)
+        write_adapter_entry(checkpoint, pl_module, config, self._base, prefix)
+        checkpoint[KEY]["optimizer_options"] = self._configured
+
+    def on_load_checkpoint(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base or adapter."""
+        _, config = _adapted(pl_module)
+        check_adapter_entry(checkpoint, pl_module, config, self._base)
+        self._restored = checkpoint[KEY].get("optimizer_options", [])
+
+
+def _adapted(pl_module: LightningModule) -> tuple[str, AdapterConfig]:
+    name, model = adapted_submodule(pl_module)
+    return (f"{name}." if name else ""), cast(AdapterConfig, model.adapter_config)
