@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from jsonargparse import auto_cli
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +29,9 @@ from dora_lightning.offline import generate, merge
 from dora_lightning.runs import RESULT_FILE, next_version, unfinished_run, write_result
 
 BEFORE_FILE = "before.json"
+TRACEBACK_VARIABLE = "DORA_LIGHTNING_TRACEBACK"
+# what bad input raises; anything else is a bug, and its traceback is shown
+_EXPECTED_ERRORS = (ValueError, OSError, ImportError, MisconfigurationException)
 
 TRAINER_VERBS = {
     "fit": "train from a config file: dora-lightning fit --config configs/quickstart.yaml",
@@ -56,6 +61,8 @@ class DoRACLI(LightningCLI):
             parser_kwargs={
                 "prog": "dora-lightning",
                 "parser_mode": "omegaconf+",
+                # a typo that happens to be the beginning of an option is a typo still
+                "allow_abbrev": False,
                 "dump_header": [f"dora-lightning {dora_lightning.__version__}"],
             },
             args=args,
@@ -87,6 +94,9 @@ class DoRACLI(LightningCLI):
         if self.subcommand is None:
             return
         config = self.config[self.subcommand]
+        _check_checkpoint_file(config.ckpt_path)
+        if config.weights_only is None:
+            config.weights_only = True  # nothing is unpickled, unless asked for
         root = Path(config.trainer.default_root_dir or "runs")
         version = next_version(root)
         resume = self.subcommand == "fit" and config.resume and config.ckpt_path is None
@@ -135,6 +145,16 @@ class DoRACLI(LightningCLI):
         return json.loads(path.read_text()) if path is not None and path.is_file() else None
 
 
+def _check_checkpoint_file(path: str | None) -> None:
+    """Refuse a file that was cut short before a model is loaded for it; Lightning itself refuses one that is missing.
+
+    Raises:
+        ValueError: it is not a checkpoint.
+    """
+    if path is not None and Path(path).is_file() and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} could not be read as a checkpoint: it is corrupt or was cut short")
+
+
 def _loggers(root: Path, version: int) -> list[dict[str, Any]]:
     """TensorBoard and CSV logs. A run that goes on gets another CSV file, since Lightning would empty the first."""
     folder = root / f"version_{version}"
@@ -170,7 +190,19 @@ def _comparison(before: dict[str, float], after: dict[str, float]) -> Table:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point of the command."""
+    """Entry point of the command: bad input is one message on standard error and exit code 1."""
+    try:
+        _run(args)
+    except _EXPECTED_ERRORS as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        # exits as the uncaught exception would, so in a run of several processes Lightning ends the others as ever
+        rank = os.environ.get("LOCAL_RANK", "0")
+        process = "" if rank == "0" else f" in process {rank}"
+        sys.exit(f"dora-lightning: error{process}: {_reason(error)}")
+
+
+def _run(args: list[str] | None) -> None:
     given = sys.argv[1:] if args is None else args
     _quiet()
     # recipes and the user's own classes are found in the current folder, as `python -m` would
@@ -190,6 +222,13 @@ def main(args: list[str] | None = None) -> None:
         print(_usage())
     else:
         sys.exit(f"dora-lightning: unknown verb {verb!r}\n\n{_usage()}")
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, without what jsonargparse says around it when a class could not be made."""
+    while error.__cause__ is not None and "Union subtypes" in str(error):
+        error = error.__cause__
+    return str(error) or type(error).__name__
 
 
 def _quiet() -> None:

@@ -108,7 +108,7 @@ def _load(model: str, base: str | None) -> tuple[PreTrainedModel, PreTrainedToke
     if model.endswith(".ckpt"):
         read_adapter_checkpoint(model)  # a clear error for a file that is none
         override: dict[str, Any] = {} if base is None else {"model_name_or_path": base}
-        backbone = DoRALlama.load_from_checkpoint(model, map_location="cpu", **override)
+        backbone = DoRALlama.load_from_checkpoint(model, map_location="cpu", weights_only=True, **override)
         network, tokenizer = backbone.language_model, backbone.tokenizer
         merge_adapters(network, unload=True)
     elif base is not None:

@@ -20,13 +20,17 @@ def next_version(root: Path) -> int:
 
 
 def unfinished_run(root: Path) -> tuple[int, Path] | None:
-    """Version and last checkpoint of the newest run if it was interrupted after it had saved one."""
-    version = max(_versions(root), default=None)
-    if version is None:
-        return None
-    folder = root / f"version_{version}"
-    checkpoint = folder / "checkpoints" / "last.ckpt"
-    return None if (folder / RESULT_FILE).exists() or not checkpoint.exists() else (version, checkpoint)
+    """Version and last checkpoint of the newest run of a fit, if it was interrupted after it had saved one.
+
+    Folders that hold neither a checkpoint nor a result are passed over: tests, and runs that failed at the start.
+    """
+    for version in sorted(_versions(root), reverse=True):
+        folder = root / f"version_{version}"
+        if (folder / RESULT_FILE).exists():
+            return None
+        if (checkpoint := folder / "checkpoints" / "last.ckpt").exists():
+            return version, checkpoint
+    return None
 
 
 def write_result(folder: Path, name: str, content: Mapping[str, Any]) -> None:

@@ -1,7 +1,13 @@
 """The method in pure torch: knows nothing of Lightning, transformers or tasks."""
 
 from dora_lightning.adapters.config import AdapterConfig
-from dora_lightning.adapters.inject import adapted_submodule, adapter_layers, find_targets, inject_adapters
+from dora_lightning.adapters.inject import (
+    adapted_submodule,
+    adapter_layers,
+    find_targets,
+    inject_adapters,
+    restrict_to_magnitude,
+)
 from dora_lightning.adapters.layers import AdapterLayer, DoRALinear, LoRALinear, MagnitudeLinear
 from dora_lightning.adapters.merge import merge_adapters, unmerge_adapters
 from dora_lightning.adapters.summary import AdapterSummary, parameter_group, summarize_adapters
@@ -19,6 +25,7 @@ __all__ = [
     "inject_adapters",
     "merge_adapters",
     "parameter_group",
+    "restrict_to_magnitude",
     "summarize_adapters",
     "unmerge_adapters",
 ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dora_lightning.adapters.config import AdapterConfig
 from dora_lightning.adapters.layers import AdapterLayer, DoRALinear, LoRALinear, MagnitudeLinear
@@ -43,16 +46,46 @@ def inject_adapters(model: nn.Module, config: AdapterConfig) -> nn.Module:
         raise ValueError("the model already has adapters of another config; load it anew to inject different ones")
 
     methods = find_targets(model, config)
+    # all are made before the first is put in place: if one fails (out of memory), the model is as it was
+    layers = {name: _adapter_layer(model.get_submodule(name), method, config) for name, method in methods.items()}
     model.requires_grad_(False)
-    for name, method in methods.items():
+    for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
-        base_layer = model.get_submodule(name)
-        assert isinstance(base_layer, nn.Linear)  # find_targets has checked
-        layer = _LAYERS[method](base_layer, config)
-        layer.train(base_layer.training)
         setattr(model.get_submodule(parent), child, layer)
-    model.adapter_config = config  # type: ignore[assignment]  # nn.Module's setattr is typed for tensors and modules
+    model.adapter_config = copy.deepcopy(config)  # type: ignore[assignment]  # nn.Module's setattr is typed for tensors and modules
     return model
+
+
+def restrict_to_magnitude(model: nn.Module, patterns: str | list[str]) -> list[str]:
+    """Let the modules that match train their magnitude alone, in place; what else trains stays as it is.
+
+    An adapter that a module has gives way to a :class:`~dora_lightning.adapters.layers.MagnitudeLinear`; a plain
+    ``nn.Linear`` gets one and is frozen. Nothing happens where it is one already.
+
+    Args:
+        model: with or without adapters.
+        patterns: as in :class:`AdapterConfig`.
+
+    Returns:
+        Dotted names of the modules that matched.
+
+    Raises:
+        ValueError: as for :func:`inject_adapters`.
+    """
+    present: AdapterConfig | None = getattr(model, "adapter_config", None)
+    axis = "out" if present is None else present.norm_axis
+    config = AdapterConfig(method="magnitude", target_modules=patterns, norm_axis=axis)
+    names = sorted(find_targets(model, config))
+    for name in names:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, MagnitudeLinear):
+            base_layer = layer.base_layer if isinstance(layer, AdapterLayer) else layer
+            _replace(model, name, "magnitude", base_layer, config)
+    if present is None:
+        model.adapter_config = config  # type: ignore[assignment]  # nn.Module's setattr is typed for tensors and modules
+    else:
+        model.adapter_config = replace(present, magnitude_only_modules=names)  # type: ignore[assignment]
+    return names
 
 
 def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, str]:
@@ -61,9 +94,11 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, str]:
     Raises:
         ValueError: as for :func:`inject_adapters`.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = _named_modules(model)
     targets = _matches(modules, config.target_modules, "target_modules", _output_embedding(model))
-    magnitude_only = _matches(modules, config.magnitude_only_modules, "magnitude_only_modules", None)
+    magnitude_only = _matches(
+        modules, config.magnitude_only_modules, "magnitude_only_modules", _output_embedding(model)
+    )
     return {
         name: "magnitude" if name in magnitude_only else config.method
         for name in modules
@@ -91,13 +126,43 @@ def adapted_submodule(module: nn.Module) -> tuple[str, nn.Module]:
     return found[0]
 
 
+def _adapter_layer(base_layer: nn.Module, method: str, config: AdapterConfig) -> AdapterLayer:
+    assert isinstance(base_layer, nn.Linear)  # find_targets has checked
+    layer = _LAYERS[method](base_layer, config)
+    return layer.train(base_layer.training)
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    # nn.MultiheadAttention reads the weight of its out_proj and never calls it: an adapter there would train nothing
+    return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by dotted name; of an adapter's inside the base layer goes by the adapter's name, as before injection."""
+    inside = {f"{name}.{child}" for name, layer in adapter_layers(model) for child, _ in layer.named_modules() if child}
+    return {
+        name: module.base_layer if isinstance(module, AdapterLayer) else module
+        for name, module in model.named_modules()
+        if name and name not in inside
+    }
+
+
+def _replace(model: nn.Module, name: str, method: str, base_layer: nn.Module, config: AdapterConfig) -> None:
+    assert isinstance(base_layer, nn.Linear)  # find_targets has checked
+    base_layer.requires_grad_(False)
+    layer = _LAYERS[method](base_layer, config)
+    layer.train(base_layer.training)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
 def _matches(
     modules: dict[str, nn.Module], patterns: str | list[str], option: str, output_embedding: nn.Module | None
 ) -> set[str]:
     if not patterns:
         return set()
     if patterns == ALL_LINEAR:
-        found = {n for n, m in modules.items() if isinstance(m, nn.Linear) and m is not output_embedding}
+        found = {n for n, m in modules.items() if _is_adaptable(m) and m is not output_embedding}
         if not found:
             raise ValueError(f"{option}: the model has no nn.Linear to adapt")
         return found
@@ -110,7 +175,7 @@ def _matches(
         if not found:
             raise ValueError(f"{option}: {pattern!r} matches no module. {_what_would_match(modules, pattern)}")
         for name in sorted(found):
-            if not isinstance(modules[name], nn.Linear):
+            if not _is_adaptable(modules[name]):
                 kind = type(modules[name]).__name__
                 raise ValueError(
                     f"{option}: {pattern!r} matches {name}, a {kind}; only nn.Linear can be adapted. "
@@ -121,7 +186,7 @@ def _matches(
 
 
 def _what_would_match(modules: dict[str, nn.Module], pattern: str) -> str:
-    names = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)})
+    names = sorted({name.rpartition(".")[2] for name, module in modules.items() if _is_adaptable(module)})
     if not names:
         return "The model has no nn.Linear."
     close = difflib.get_close_matches(pattern.rpartition(".")[2], names, n=1)

@@ -1,5 +1,8 @@
 """Plug-ins for any LightningModule, one file each."""
 
+from dora_lightning.callbacks.dora import DoRA
+from dora_lightning.callbacks.group_learning_rates import GroupLearningRates
+from dora_lightning.callbacks.magnitude_only import MagnitudeOnly
 from dora_lightning.callbacks.merge_on_save import MergeOnSave
 
-__all__ = ["MergeOnSave"]
+__all__ = ["DoRA", "GroupLearningRates", "MagnitudeOnly", "MergeOnSave"]

@@ -1,7 +1,7 @@
 """Act on a LightningModule right after its model is built, whoever builds it and in whatever order callbacks come.
 
 Lightning calls ``configure_model`` inside the strategy's contexts, before the module is wrapped and before optimisers
-are made: the one moment that is right for injecting adapters and for sharding, both for models built in ``__init__`` and
+are made: the one moment that is right for injecting adapters and for sharding, for models built in ``__init__`` and
 for those built in ``configure_model`` itself. (In ``setup`` the latter do not exist yet; in ``on_fit_start`` the
 optimiser would never see the adapters.) Callbacks register steps in their ``setup``; the wrapped ``configure_model``
 runs them in the order of :class:`BuildStep`, and running them again must change nothing.

@@ -1,0 +1,49 @@
+"""Reduced granularity: some modules train their magnitude alone."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+from typing_extensions import override
+
+from dora_lightning.adapters import adapter_layers, restrict_to_magnitude
+from dora_lightning.training.build_steps import BuildStep, after_model_is_built
+
+MLP_MODULES = r"(.*\.)?((mlp|ffn|feed_forward|feedforward)\..+|fc1|fc2|gate_proj|up_proj|down_proj)"
+"""The linear modules of a transformer's MLP, as the common architectures call them."""
+
+
+class MagnitudeOnly(Callback):
+    """Lets the named modules train their magnitude alone, the rest as it is (paper, section 5.6).
+
+    Beside ``DoRA`` or a backbone, the named modules give up their low-rank direction. Alone, everything but the
+    magnitudes of the named modules is frozen.
+
+    Args:
+        modules: names or dotted suffixes, or one regular expression; the MLP's linear modules by default.
+    """
+
+    def __init__(self, modules: str | list[str] | None = None) -> None:
+        self.modules = MLP_MODULES if modules is None else modules
+        self._prepared: LightningModule | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have the modules restricted after adapters are injected, at every stage."""
+        if self._prepared is not pl_module:
+            self._prepared = pl_module
+            after_model_is_built(pl_module, BuildStep.RESTRICT, partial(self._restrict, pl_module))
+
+    def _restrict(self, pl_module: LightningModule) -> None:
+        model = _adapted_or_whole(pl_module)
+        if not any(True for _ in adapter_layers(model)):
+            model.requires_grad_(False)
+        names = restrict_to_magnitude(model, self.modules)
+        rank_zero_info(f"Magnitude only: {len(names)} modules")
+
+
+def _adapted_or_whole(pl_module: LightningModule) -> nn.Module:
+    return next((module for module in pl_module.modules() if hasattr(module, "adapter_config")), pl_module)
