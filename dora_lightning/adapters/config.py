@@ -82,7 +82,7 @@ class AdapterConfig:
         if self.method == "lora" and not self.magnitude_only_modules:
             ignored += ["norm_axis"]
         if self.method == "magnitude":
-            ignored += ["dropout"]
+            ignored += ["rank", "alpha", "dropout"]
         for name in ignored:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect with method={self.method!r}; remove it")

@@ -33,6 +33,9 @@ NORM_EPS = 1e-12
 _CHUNK_ELEMENTS = {"cpu": 2**17}
 _CHUNK_ELEMENTS_DEFAULT = 2**24
 
+# Rows of a product whose left factor is scaled on the way. Fewer cost the product more than the cache gains.
+_PRODUCT_ROWS = {"cpu": 512}
+
 
 def weight_norm_sq(weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
     """Squared norm of each row of ``weight``, accumulated in at least fp32 without widening the whole weight.
@@ -40,7 +43,7 @@ def weight_norm_sq(weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
     >>> weight_norm_sq(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
     tensor([25.,  0.])
     """
-    return torch.cat([rows.square().sum(dim=1) for rows in _wide_row_chunks(weight)])
+    return torch.cat([_wide(rows).square().sum(dim=1) for rows in _split_rows(weight)])
 
 
 def adapted_norm(
@@ -61,7 +64,10 @@ def adapted_norm(
     """
     with torch.autocast(weight.device.type, enabled=False):
         A, B = _wide(lora_A), _wide(lora_B)
-        cross = torch.cat([rows.to(A.dtype) @ A.T for rows in _wide_row_chunks(weight)])  # W A^T [out, rank]
+        if weight.dtype == A.dtype:
+            cross = weight @ A.T  # [out, rank]
+        else:
+            cross = torch.cat([rows.to(A.dtype) @ A.T for rows in _split_rows(weight)])
         norm_sq = base_norm_sq + scaling * (B * (2 * cross + scaling * (B @ (A @ A.T)))).sum(dim=1)
         # rounding can leave a tiny negative number where W + s B A cancels
         return norm_sq.clamp(min=NORM_EPS**2).sqrt()
@@ -165,9 +171,9 @@ class _AdapterLinear(torch.autograd.Function):
         if gain is None:
             y = z
         elif ctx.needs_input_grad[7]:
-            y = torch.mul(z, gain, out=torch.empty_like(z))
+            y = _scale(z, gain, out=torch.empty_like(z))
         else:
-            y = z.mul_(gain)
+            y = _scale(z, gain, out=z)
         if bias is not None:
             y.add_(bias)
         # z is kept for the gradient of the gain alone
@@ -189,45 +195,64 @@ class _AdapterLinear(torch.autograd.Function):
             dbias = flat_dy.sum(dim=0, dtype=_wide_dtype(dy.dtype)).to(ctx.bias_dtype)
         if needs_gain:
             dgain = _sum_of_products(flat_dy, _flat(z)).to(gain.dtype)
-        dz = flat_dy if gain is None else torch.mul(flat_dy, gain, out=torch.empty_like(flat_dy))
-
+        # dz = g * dy is never built whole: the gain goes into the small factor of each product, where there is one
         if needs_x:
-            dx = (dz @ weight.to(dz.dtype)).view(x.shape)
+            dx = _scaled_product(flat_dy, gain, weight.to(dy.dtype)).view(x.shape)
         if needs_weight:
-            dweight = (dz.T @ _flat(x)).to(weight.dtype)
+            dweight = flat_dy.T @ _flat(x)
+            dweight = (dweight if gain is None else gain[:, None] * dweight).to(weight.dtype)
         if h is not None:
+            scale = s if gain is None else (s * gain)[:, None]
             if needs_B:
-                dB = (dz.T @ _flat(h)).mul_(s).to(lora_B.dtype)
+                dB = (scale * (flat_dy.T @ _flat(h))).to(lora_B.dtype)
             if needs_A or needs_x or needs_dropped:
-                dh = (dz @ lora_B.to(dz.dtype)).mul_(s)  # [tokens, rank]
+                dh = flat_dy @ (scale * _wide(lora_B)).to(dy.dtype)  # [tokens, rank]
                 if needs_A:
                     dA = (dh.T @ _flat(x if x_dropped is None else x_dropped)).to(lora_A.dtype)
                 if needs_dropped:
-                    dx_dropped = (dh @ lora_A.to(dz.dtype)).view(x.shape)
+                    dx_dropped = (dh @ lora_A.to(dy.dtype)).view(x.shape)
                 elif needs_x and x_dropped is None and dx is not None:
-                    _flat(dx).addmm_(dh, lora_A.to(dz.dtype))
+                    _flat(dx).addmm_(dh, lora_A.to(dy.dtype))
         return dx, dx_dropped, dweight, dbias, dA, dB, None, dgain
 
 
 def _sum_of_products(a: Float[Tensor, "tokens out"], b: Float[Tensor, "tokens out"]) -> Float[Tensor, " out"]:
     """``sum_t a * b`` in at least fp32, a few rows at a time, so that no product of the full size exists."""
     dtype = _wide_dtype(a.dtype)
-    total = torch.zeros(a.shape[1], dtype=dtype, device=a.device)
-    rows = _rows_per_chunk(a)
-    for a_rows, b_rows in zip(a.split(rows), b.split(rows), strict=True):
-        total += (a_rows.to(dtype) * b_rows.to(dtype)).sum(dim=0)
-    return total
+    a_chunks, b_chunks = _split_rows(a), _split_rows(b)
+    # one sum per position in a chunk: a single pass over each, and shorter sums, hence less rounding
+    sums = torch.zeros(a_chunks[0].shape, dtype=dtype, device=a.device)
+    for a_rows, b_rows in zip(a_chunks, b_chunks, strict=True):
+        sums[: a_rows.shape[0]].addcmul_(a_rows.to(dtype), b_rows.to(dtype))
+    return sums.sum(dim=0)
 
 
-def _wide_row_chunks(weight: Tensor) -> list[Tensor] | tuple[Tensor, ...]:
-    if weight.dtype == _wide_dtype(weight.dtype):
-        return (weight,)
-    return [rows.float() for rows in weight.split(_rows_per_chunk(weight))]
+def _scaled_product(
+    rows: Float[Tensor, "tokens out"], gain: Float[Tensor, " out"] | None, weight: Float[Tensor, "out in"]
+) -> Float[Tensor, "tokens in"]:
+    """``(gain * rows) @ weight``; on a CPU the scaled rows go through its cache a part at a time."""
+    if gain is None:
+        return rows @ weight
+    count = _PRODUCT_ROWS.get(rows.device.type, max(1, rows.shape[0]))
+    product = rows.new_empty(rows.shape[0], weight.shape[1])
+    for part, out in zip(rows.split(count), product.split(count), strict=True):
+        torch.mm(_scale(part, gain, out=torch.empty_like(part)), weight, out=out)
+    return product
 
 
-def _rows_per_chunk(matrix: Tensor) -> int:
+def _scale(matrix: Float[Tensor, "*batch out"], gain: Float[Tensor, " out"], out: Tensor) -> Tensor:
+    """``gain * matrix`` into ``out``, multiplied in the dtype of ``gain`` and rounded once."""
+    if matrix.dtype == gain.dtype:
+        return torch.mul(matrix, gain, out=out)
+    # a CPU would widen the whole matrix
+    for rows, out_rows in zip(_split_rows(_flat(matrix)), _split_rows(out.view(-1, out.shape[-1])), strict=True):
+        torch.mul(rows, gain, out=out_rows)
+    return out
+
+
+def _split_rows(matrix: Tensor) -> tuple[Tensor, ...]:
     elements = _CHUNK_ELEMENTS.get(matrix.device.type, _CHUNK_ELEMENTS_DEFAULT)
-    return max(1, elements // max(1, matrix.shape[1]))
+    return matrix.split(max(1, elements // max(1, matrix.shape[1])))
 
 
 def _flat(tensor: Tensor) -> Tensor:

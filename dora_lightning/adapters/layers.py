@@ -89,11 +89,15 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        wide = {name: p.detach() for name, p in self.named_parameters(recurse=False)}
+        wide = {name: (p.detach(), p.grad) for name, p in self.named_parameters(recurse=False)}
         super()._apply(fn, recurse)
         for name, parameter in self.named_parameters(recurse=False):
             if parameter.dtype in (torch.float16, torch.bfloat16):
-                parameter.data = wide[name].to(parameter.device)
+                data, grad = wide[name]
+                parameter.data = data.to(parameter.device)
+                parameter.grad = None if grad is None else grad.to(parameter.device)
+        for original in self._unmerged:
+            original.data = fn(original.data)
         return self
 
 
@@ -193,6 +197,8 @@ class DoRALinear(LoRALinear):
 
     def _compute_norm(self) -> Tensor:
         weight, A, B = self._per_feature()
+        if self.weight.requires_grad and torch.is_grad_enabled():
+            return functional.adapted_norm(weight, A, B, self.scaling, functional.weight_norm_sq(weight))
         base = self._base_norm_sq.get(lambda: functional.weight_norm_sq(weight), large=[self.weight], small=[])
         return functional.adapted_norm(weight, A, B, self.scaling, base)
 
@@ -200,7 +206,7 @@ class DoRALinear(LoRALinear):
         gain = functional.gain(self.magnitude, self.norm())
         low_rank = (self.lora_A, self.lora_B, self.scaling)
         if self.norm_axis == "in":
-            x = x * gain.to(x.dtype)
+            x = _scaled_input(x, gain)
             return functional.adapter_linear(x, self.weight, self.bias, *low_rank, x_dropped=self._dropped(x))
         dropped = self._dropped(x)
         if dropped is None or not self.exact_dropout:
@@ -242,8 +248,13 @@ class MagnitudeLinear(AdapterLayer):
     def _adapted(self, x: Tensor) -> Tensor:
         gain = functional.gain(self.magnitude, self.norm())
         if self.norm_axis == "in":
-            return self.base_layer(x * gain.to(x.dtype))
+            return self.base_layer(_scaled_input(x, gain))
         return functional.adapter_linear(x, self.weight, self.bias, gain=gain)
+
+
+def _scaled_input(x: Tensor, gain: Tensor) -> Tensor:
+    # the product is rounded, never the gain: bf16 cannot tell a trained gain from 1
+    return (x * gain).to(x.dtype)
 
 
 def _row_norm(weight: Tensor) -> Tensor:

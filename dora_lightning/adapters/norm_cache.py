@@ -10,6 +10,7 @@ tensors are also compared with a copy, which sees edits through ``.data``.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,10 @@ class NormCache:
         """Forget the value."""
         self._key, self._copies, self._value = None, [], None
 
+    def __reduce__(self) -> tuple[type[NormCache], tuple[()]]:
+        """A copy, by ``copy`` or ``pickle``, starts empty: its tensors are others."""
+        return NormCache, ()
+
     def _unchanged(self, small: list[Tensor]) -> bool:
         on_cpu = [tensor for tensor in small if tensor.device.type == "cpu"]
         return len(on_cpu) == len(self._copies) and all(
@@ -68,7 +73,17 @@ class NormCache:
         )
 
 
+class _Identity(weakref.ref):
+    """Equal to that of the same object while it lives; a plain reference would compare tensors by value."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self() is not None and self() is other()
+
+    __hash__ = weakref.ref.__hash__
+
+
 def _state(tensor: Tensor) -> tuple[Any, ...]:
     version = -1 if tensor.is_inference() else tensor._version
     pointer = 0 if tensor.is_meta else tensor.data_ptr()
-    return (id(tensor), pointer, version, tensor.dtype, tensor.device)
+    # a weak reference, since id and memory of a freed tensor may be given to the next one
+    return (_Identity(tensor), pointer, version, tensor.dtype, tensor.device)
