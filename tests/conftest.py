@@ -5,6 +5,7 @@ The library is imported inside the fixtures: jaxtyping's import hook is set afte
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def boolq_row(number: int) -> dict[str, str]:
     question = f"is {number} cold{' or hot' * (number % 4)}?"
     return {
         "instruction": (
-            f"Please answer the following question with true or false, question: {question}\n\nAnswer format: true/false"
+            "Please answer the following question with true or false, "
+            f"question: {question}\n\nAnswer format: true/false"
         ),
         "input": "",
         "output": f"the correct answer is {answer}",
@@ -140,3 +142,76 @@ def commonsense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_rows(folder / task / "train.json", [row(number) for number in range(24)])
         write_rows(folder / task / "test.json", [row(number) for number in range(100, 100 + tests)])
     return folder
+
+
+MakeBackbone = Callable[..., Any]
+MakeData = Callable[..., Any]
+MakeTrainer = Callable[..., Any]
+
+
+@pytest.fixture
+def make_backbone(tiny_llama: Path) -> MakeBackbone:
+    """Makes a DoRALlama on the tiny LLaMA, or on the folder that is given; adapter options go by ``adapter``."""
+    from torch.optim import AdamW
+
+    from dora_lightning import AdapterConfig
+    from dora_lightning.backbones import DoRALlama
+
+    def make(
+        folder: Path | None = None, adapter: dict[str, Any] | None = None, lr: float = 0.01, **options: Any
+    ) -> Any:
+        config = {"rank": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]} | (adapter or {})
+        options.setdefault("optimizer", partial(AdamW, lr=lr))
+        torch.manual_seed(0)
+        return DoRALlama(str(folder or tiny_llama), AdapterConfig(**config), **options)
+
+    return make
+
+
+@pytest.fixture
+def make_data(tiny_llama: Path, commonsense_folder: Path) -> MakeData:
+    """Makes a CommonsenseDataModule: 40 samples to train on, 8 for validation, 9 to test on."""
+    from datamodules import CommonsenseDataModule
+
+    def make(**options: Any) -> Any:
+        defaults: dict[str, Any] = {"data_dir": str(commonsense_folder), "val_size": 8, "batch_size": 4}
+        defaults |= {"template": "plain", "eval_batch_size": 4}
+        return CommonsenseDataModule(str(tiny_llama), **(defaults | options))
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> MakeTrainer:
+    """Makes a quiet Trainer for one CPU process that writes to ``tmp_path`` and saves no checkpoints by itself."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    def make(**options: Any) -> Any:
+        saves = any(isinstance(callback, ModelCheckpoint) for callback in options.get("callbacks", []))
+        defaults: dict[str, Any] = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": saves,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": tmp_path,
+            "num_sanity_val_steps": 0,
+        }
+        return Trainer(**(defaults | options))
+
+    return make
+
+
+def perturb_adapters(model: torch.nn.Module, seed: int = 0) -> None:
+    """Put something into every adapter, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("lora_B"):
+                parameter.copy_(0.1 * noise)
+            elif name.endswith("magnitude"):
+                parameter.mul_(1 + 0.1 * noise)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +240,12 @@ class Backbone(LightningModule):
         """Refuse a checkpoint of another base or adapter."""
         self.configure_model()
         self._run.on_load_checkpoint(self, checkpoint)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As ever, but the frozen base, which no checkpoint holds, is not reported as missing."""
+        loaded = super().load_state_dict(state_dict, strict, assign)
+        frozen = {
+            name for name, parameter in self.named_parameters(remove_duplicate=False) if not parameter.requires_grad
+        }
+        loaded.missing_keys[:] = [name for name in loaded.missing_keys if name not in frozen]
+        return loaded

@@ -57,7 +57,7 @@ def check_adapter_entry(
     """Check that a checkpoint belongs to this adapter and base, and holds exactly what trains.
 
     Raises:
-        ValueError: wrong base, wrong config, missing or unexpected keys, each by name.
+        ValueError: wrong base, wrong config, missing or unexpected keys, other shapes, each by name.
     """
     entry = _entry(checkpoint, "the checkpoint")
     check_same_base(entry["base"], base)
@@ -65,12 +65,17 @@ def check_adapter_entry(
     differing = [f"{k}={v!r} (here {getattr(config, k)!r})" for k, v in vars(saved).items() if getattr(config, k) != v]
     if differing:
         raise ValueError(f"the checkpoint's adapter was made with another config: {', '.join(differing)}")
-    expected = module.state_dict().keys() - _frozen_names(module)
-    present = checkpoint["state_dict"].keys()
-    if missing := expected - present:
+    frozen = _frozen_names(module)
+    expected = {name: value for name, value in module.state_dict().items() if name not in frozen}
+    present = checkpoint["state_dict"]
+    if missing := expected.keys() - present.keys():
         raise ValueError(f"the checkpoint lacks {_listing(missing)}, which train here")
-    if unexpected := present - expected:
+    if unexpected := present.keys() - expected.keys():
         raise ValueError(f"the checkpoint holds {_listing(unexpected)}, unknown to this model")
+    for name, value in expected.items():
+        if present[name].shape != value.shape:
+            shapes = f"has shape {tuple(present[name].shape)}, here {tuple(value.shape)}"
+            raise ValueError(f"the checkpoint does not fit this model: {name} {shapes}")
 
 
 def read_adapter_checkpoint(path: str | Path) -> AdapterCheckpoint:
