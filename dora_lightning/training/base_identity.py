@@ -66,8 +66,9 @@ def _compare(saved: dict[str, Any], present: dict[str, Any], key: str) -> None:
         same = saved["checksums"][key] == present["checksums"][key]
     else:
         theirs, ours = saved["samples"][key], present["samples"][key]
-        tolerance = {"rtol": _OTHER_DTYPE_RTOL, "atol": 1e-5 * _OTHER_DTYPE_RTOL}
-        same = theirs.shape == ours.shape and torch.allclose(theirs, ours, **tolerance)
+        same = theirs.shape == ours.shape and torch.allclose(
+            theirs, ours, rtol=_OTHER_DTYPE_RTOL, atol=1e-5 * _OTHER_DTYPE_RTOL
+        )
     if not same:
         raise _wrong_base(saved, present["name"], f"{key} holds other values")
 

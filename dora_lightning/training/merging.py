@@ -96,20 +96,24 @@ def _merge_file(
 
 
 def _merged(name: str, weight: Tensor, update: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
+    _check_shapes(name, weight, update, config.norm_axis)
     if "other" in update:
         return update["other"].to(weight.dtype)
-    try:
-        return merge_weight(
-            weight,
-            update.get("lora_A"),
-            update.get("lora_B"),
-            config.scaling,
-            update.get("magnitude"),
-            config.norm_axis,
-        )
-    except RuntimeError as error:
-        shapes = {part: tuple(tensor.shape) for part, tensor in update.items()}
-        raise ValueError(f"the adapter does not fit {name} {tuple(weight.shape)}: it has {shapes}") from error
+    return merge_weight(
+        weight, update.get("lora_A"), update.get("lora_B"), config.scaling, update.get("magnitude"), config.norm_axis
+    )
+
+
+def _check_shapes(name: str, weight: Tensor, update: Mapping[str, Tensor], norm_axis: str) -> None:
+    rank = len(update["lora_A"]) if "lora_A" in update else 0
+    expected: dict[str, tuple[int, ...]] = {"other": tuple(weight.shape)}
+    if weight.ndim == 2:
+        rows, columns = weight.shape
+        magnitude = rows if norm_axis == "out" else columns
+        expected |= {"lora_A": (rank, columns), "lora_B": (rows, rank), "magnitude": (magnitude,)}
+    shapes = {part: tuple(tensor.shape) for part, tensor in update.items()}
+    if any(shape != expected.get(part) for part, shape in shapes.items()):
+        raise ValueError(f"the adapter does not fit {name} {tuple(weight.shape)}: it has {shapes}")
 
 
 def _write_tensor(writer: BinaryIO, tensor: Tensor) -> None:

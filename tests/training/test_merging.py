@@ -1,0 +1,318 @@
+"""The streamed merge: the weights of the in-memory merge, little memory, and nothing half-written."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeLlama, perturb_adapters
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from dora_lightning import AdapterConfig, inject_adapters, merge_adapters
+from dora_lightning.training import merging
+from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint
+from dora_lightning.training.base_identity import base_identity
+from dora_lightning.training.merging import merge_to_folder
+
+TARGETS: dict[str, Any] = {"rank": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+
+
+def adapt(folder: Path, **options: Any) -> tuple[LlamaForCausalLM, AdapterCheckpoint]:
+    """A model with a trained adapter, and that adapter as a checkpoint holds it."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype="auto")
+    config = AdapterConfig(**(TARGETS | options))
+    inject_adapters(model, config)
+    perturb_adapters(model)
+    tensors = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return model, AdapterCheckpoint(config, base_identity(model, str(folder)), tensors)
+
+
+def listing(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"method": "lora"},
+        {"method": "magnitude", "rank": 16},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj"], "magnitude_only_modules": ["o_proj", "gate_proj"]},
+        {"norm_axis": "in"},
+        {"alpha": 3.0},
+    ],
+)
+def test_equals_the_model_merged_in_memory(tiny_llama: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    model, adapter = adapt(tiny_llama, **options)
+    assert merge_to_folder(str(tiny_llama), adapter, tmp_path / "merged") == tmp_path / "merged"
+    expected = merge_adapters(model, unload=True).state_dict()
+    merged = weights(tmp_path / "merged")
+    assert merged.keys() == weights(tiny_llama).keys()
+    assert all(torch.equal(value, expected[name]) for name, value in merged.items())
+    base = weights(tiny_llama)
+    changed = {name for name, value in merged.items() if not torch.equal(value, base[name])}
+    assert changed
+    assert not any("norm" in name or "embed" in name for name in changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_base_stays_so(make_llama: MakeLlama, tmp_path: Path, dtype: torch.dtype) -> None:
+    base = make_llama(dtype=dtype)
+    model, adapter = adapt(base)
+    merge_to_folder(str(base), adapter, tmp_path / "merged")
+    expected = merge_adapters(model, unload=True).state_dict()
+    for name, value in weights(tmp_path / "merged").items():
+        assert value.dtype == dtype
+        assert torch.equal(value, expected[name])
+
+
+def test_a_base_in_shards(make_llama: MakeLlama, tmp_path: Path) -> None:
+    base = make_llama(tied=False, shard_size="40KB")
+    assert len(list(base.glob("*.safetensors"))) > 2
+    model, adapter = adapt(base)
+    merge_to_folder(str(base), adapter, tmp_path / "merged")
+    assert listing(tmp_path / "merged") == listing(base)
+    index = "model.safetensors.index.json"
+    assert json.loads((tmp_path / "merged" / index).read_text()) == json.loads((base / index).read_text())
+    ids = torch.arange(3, 40)[None]
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(ids).logits, model.eval()(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_other_trained_parts_are_written_too(tiny_llama: Path, tmp_path: Path) -> None:
+    _, adapter = adapt(tiny_llama)
+    adapter.tensors["model.norm.weight"] = torch.full((32,), 2.5)
+    merge_to_folder(str(tiny_llama), adapter, tmp_path / "merged")
+    assert torch.equal(weights(tmp_path / "merged")["model.norm.weight"], torch.full((32,), 2.5))
+
+
+def test_transformers_loads_it_without_this_library(tiny_llama: Path, tmp_path: Path) -> None:
+    model, adapter = adapt(tiny_llama)
+    merge_to_folder(str(tiny_llama), adapter, tmp_path / "merged")
+    ids = torch.arange(3, 40)[None]
+    torch.save({"ids": ids, "logits": model.eval()(ids).logits.detach()}, tmp_path / "expected.pt")
+    script = """
+        import sys, torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        expected = torch.load("expected.pt")
+        model, info = AutoModelForCausalLM.from_pretrained("merged", output_loading_info=True)
+        assert not any(info.values()), info
+        torch.testing.assert_close(model(expected["ids"]).logits, expected["logits"], rtol=0, atol=1e-4)
+        assert AutoTokenizer.from_pretrained("merged")("hot").input_ids
+        assert not any("dora" in name for name in sys.modules)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_existing_folder_is_refused_or_replaced(tiny_llama: Path, tmp_path: Path) -> None:
+    _, adapter = adapt(tiny_llama)
+    output = tmp_path / "merged"
+    output.mkdir()
+    (output / "keep.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"merged exists; choose another folder or pass overwrite"):
+        merge_to_folder(str(tiny_llama), adapter, output)
+    assert listing(output) == {"keep.txt"}
+    merge_to_folder(str(tiny_llama), adapter, output, overwrite=True)
+    assert listing(output) == listing(tiny_llama)
+    assert listing(tmp_path) == {"merged"}
+
+
+def test_another_base_is_refused(tiny_llama: Path, make_llama: MakeLlama, tmp_path: Path) -> None:
+    _, adapter = adapt(tiny_llama)
+    with pytest.raises(ValueError, match="trained on another base model"):
+        merge_to_folder(str(make_llama(seed=1)), adapter, tmp_path / "merged")
+    assert listing(tmp_path) == set()
+
+
+def test_a_failure_leaves_what_was_there_before(tiny_llama: Path, make_llama: MakeLlama, tmp_path: Path) -> None:
+    _, adapter = adapt(tiny_llama)
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "old.txt").write_text("old")
+    with pytest.raises(ValueError, match="another base"):
+        merge_to_folder(str(make_llama(seed=1)), adapter, tmp_path / "merged", overwrite=True)
+    assert listing(tmp_path) == {"merged"}
+    assert listing(tmp_path / "merged") == {"old.txt"}
+
+
+def test_a_base_without_the_adapted_weights_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    _, adapter = adapt(tiny_llama)
+    adapter.tensors["model.layers.7.self_attn.q_proj.lora_A"] = torch.zeros(4, 32)
+    with pytest.raises(ValueError, match=r"has no weight model\.layers\.7\.self_attn\.q_proj\.weight"):
+        merge_to_folder(str(tiny_llama), adapter, tmp_path / "merged")
+    assert listing(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.layers.1.mlp.down_proj.lora_A", (4, 31)),
+        ("model.layers.1.mlp.down_proj.lora_B", (32, 5)),
+        # one number would be broadcast, and would pass without a word
+        ("model.layers.1.mlp.down_proj.magnitude", (1,)),
+        ("model.norm.weight", (16,)),
+    ],
+)
+def test_an_adapter_of_other_shapes_is_refused(
+    tiny_llama: Path, tmp_path: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    _, adapter = adapt(tiny_llama)
+    adapter.tensors[name] = torch.zeros(shape)
+    with pytest.raises(ValueError, match=r"does not fit model\..*weight \(.*it has {'.*"):
+        merge_to_folder(str(tiny_llama), adapter, tmp_path / "merged")
+    assert listing(tmp_path) == set()
+
+
+def test_a_base_that_is_no_model_folder_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    _, adapter = adapt(tiny_llama)
+    with pytest.raises(FileNotFoundError, match="no model folder"):
+        merge_to_folder(str(tmp_path / "none"), adapter, tmp_path / "merged")
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    shutil.copy(tiny_llama / "config.json", pickled)
+    (pickled / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match="holds no safetensors files"):
+        merge_to_folder(str(pickled), adapter, tmp_path / "merged")
+
+
+# A full disk ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, adapter = adapt(tiny_llama)
+    write, written = merging._write_tensor, []
+
+    def fill_up(writer: Any, tensor: torch.Tensor) -> None:
+        if len(written) == 7:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(tensor.shape)
+        write(writer, tensor)
+
+    monkeypatch.setattr(merging, "_write_tensor", fill_up)
+    with pytest.raises(
+        OSError, match=r"the disk filled up while merging into .*merged; nothing was left there"
+    ) as caught:
+        merge_to_folder(str(tiny_llama), adapter, tmp_path / "merged")
+    assert caught.value.errno == errno.ENOSPC
+    assert listing(tmp_path) == set()
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, adapter = adapt(tiny_llama)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    with pytest.raises(OSError, match=r"the merged model takes 0.00 GB and .* has 0.00 GB free") as caught:
+        merge_to_folder(str(tiny_llama), adapter, tmp_path / "merged")
+    assert caught.value.errno == errno.ENOSPC
+    assert listing(tmp_path) == set()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 kB, less than the tiny model takes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.name != "posix" or os.geteuid() != 0:
+        pytest.skip("mounting a small file system takes root")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("a small file system cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("looks_large", [False, True])
+def test_a_disk_that_is_really_full(
+    tiny_llama: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, looks_large: bool
+) -> None:
+    _, adapter = adapt(tiny_llama)
+    if looks_large:  # as when another process fills it meanwhile
+        monkeypatch.setattr(merging, "_check_space", lambda *_: None)
+    with pytest.raises(OSError, match="the disk filled up" if looks_large else "GB free"):
+        merge_to_folder(str(tiny_llama), adapter, small_disk / "merged")
+    assert listing(small_disk) == set()
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+def test_one_weight_is_in_memory_at_a_time(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, adapter = adapt(tiny_llama)
+    write, earlier = merging._write_tensor, []
+
+    def watch(writer: Any, tensor: torch.Tensor) -> None:
+        if earlier:
+            assert earlier[-1]() is None, "the weight before is still alive"
+        earlier.append(weakref.ref(tensor))
+        write(writer, tensor)
+
+    monkeypatch.setattr(merging, "_write_tensor", watch)
+    merge_to_folder(str(tiny_llama), adapter, tmp_path / "merged")
+    assert len(earlier) == len(weights(tiny_llama))
+
+
+MEMORY_SCRIPT = """
+import sys, threading, time
+from dora_lightning.training.adapter_checkpoint import read_adapter_checkpoint
+from dora_lightning.training.merging import merge_to_folder
+import torch
+
+def anonymous_memory():
+    # without pages of files, which the system takes back when it needs them
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1e3
+
+adapter = read_adapter_checkpoint("adapter.ckpt")
+before, peak, done = anonymous_memory(), 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous_memory())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+merge_to_folder("base", adapter, "merged")
+done = True
+thread.join()
+print(peak - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory in use from /proc")
+def test_memory_is_that_of_one_weight_not_of_the_model(make_llama: MakeLlama, tmp_path: Path) -> None:
+    base = make_llama(hidden_size=1024, intermediate_size=4096, num_hidden_layers=5, dtype=torch.bfloat16)
+    size = sum(file.stat().st_size for file in base.glob("*.safetensors")) / 1e6
+    assert size > 130
+    _, adapter = adapt(base)
+    entry = {"format_version": 1, "adapter": adapter.config.to_dict(), "base": adapter.base, "prefix": ""}
+    torch.save({"state_dict": adapter.tensors, "dora_lightning": entry}, tmp_path / "adapter.ckpt")
+    (tmp_path / "base").symlink_to(base)
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY_SCRIPT], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    largest = 4096 * 1024 * 2 / 1e6
+    # the weight as stored, and its fp32 copies while it is computed
+    assert float(done.stdout) < 7 * largest < size / 2
+    shutil.rmtree(tmp_path / "merged")
