@@ -17,6 +17,7 @@ published adapter follows it. All norms, magnitudes and gains are at least fp32:
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def adapted_norm(
     >>> adapted_norm(W, A, B, 1.0, weight_norm_sq(W))
     tensor([3., 1.])
     """
-    with torch.autocast(weight.device.type, enabled=False):
+    with _no_autocast(weight.device.type):
         A, B = _wide(lora_A), _wide(lora_B)
         if weight.dtype == A.dtype:
             cross = weight @ A.T  # [out, rank]
@@ -107,11 +108,11 @@ def adapter_linear(
     A second derivative is refused with an error: the backward pass is written for one.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)
         x_dropped = None if x_dropped is None else x_dropped.to(dtype)
-    with torch.autocast(device, enabled=False):
+    with _no_autocast(device):
         return _AdapterLinear.apply(x, x_dropped, weight, bias, lora_A, lora_B, scaling, gain)
 
 
@@ -253,6 +254,11 @@ def _scale(matrix: Float[Tensor, "*batch out"], gain: Float[Tensor, " out"], out
 def _split_rows(matrix: Tensor) -> tuple[Tensor, ...]:
     elements = _CHUNK_ELEMENTS.get(matrix.device.type, _CHUNK_ELEMENTS_DEFAULT)
     return matrix.split(max(1, elements // max(1, matrix.shape[1])))
+
+
+def _no_autocast(device: str) -> AbstractContextManager[None]:
+    # the meta device has no autocast, and refuses to switch it off
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _flat(tensor: Tensor) -> Tensor:

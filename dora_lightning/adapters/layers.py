@@ -89,7 +89,10 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        wide = {name: (p.detach(), p.grad) for name, p in self.named_parameters(recurse=False)}
+        wide = {
+            name: (p.detach(), None if p.grad is None else p.grad.detach())
+            for name, p in self.named_parameters(recurse=False)
+        }
         super()._apply(fn, recurse)
         for name, parameter in self.named_parameters(recurse=False):
             if parameter.dtype in (torch.float16, torch.bfloat16):

@@ -1,0 +1,55 @@
+"""Every value is checked, and an option that would be ignored is an error."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dora_lightning.adapters import AdapterConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "dorra"}, "method must be one of dora, lora, magnitude, got 'dorra'"),
+        ({"rank": 0}, "rank must be a whole number of at least 1, got 0"),
+        ({"rank": -4}, "rank must be"),
+        ({"rank": True}, "rank must be a whole number of at least 1, got True"),
+        ({"alpha": 0.0}, "alpha must be greater than 0"),
+        ({"alpha": -1.0}, "alpha must be greater than 0"),
+        ({"alpha": float("nan")}, "alpha must be greater than 0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"dropout": -0.1}, "dropout must be"),
+        ({"norm_axis": "rows"}, "norm_axis must be 'out' or 'in', got 'rows'"),
+        ({"target_modules": []}, "target_modules is empty"),
+        ({"target_modules": ""}, "target_modules is empty"),
+        ({"target_modules": ["q_proj", ""]}, "target_modules must be a string or a list of module names"),
+        ({"target_modules": "q_proj("}, r"target_modules: 'q_proj\(' is not a regular expression"),
+        ({"magnitude_only_modules": "["}, "magnitude_only_modules: .* is not a regular expression"),
+        ({"method": "lora", "detach_norm": False}, "detach_norm=False has no effect with method='lora'"),
+        ({"method": "lora", "exact_dropout": True}, "exact_dropout=True has no effect with method='lora'"),
+        ({"method": "lora", "norm_axis": "in"}, "norm_axis='in' has no effect with method='lora'"),
+        ({"method": "magnitude", "dropout": 0.1}, "dropout=0.1 has no effect with method='magnitude'"),
+        ({"method": "magnitude", "rank": 8}, "rank=8 has no effect with method='magnitude'"),
+        ({"method": "magnitude", "alpha": 8.0}, "alpha=8.0 has no effect with method='magnitude'"),
+        ({"exact_dropout": True, "norm_axis": "in"}, "exact_dropout is defined for norm_axis='out' only"),
+    ],
+)
+def test_a_bad_value_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdapterConfig(**options)
+
+
+def test_scaling() -> None:
+    assert AdapterConfig(rank=16).scaling == 2
+    assert AdapterConfig(rank=16, alpha=8.0).scaling == 0.5
+
+
+def test_norm_axis_with_lora_reaches_the_magnitude_only_modules() -> None:
+    assert AdapterConfig(method="lora", magnitude_only_modules=["o_proj"], norm_axis="in").norm_axis == "in"
+
+
+def test_to_dict_holds_plain_containers_and_round_trips() -> None:
+    config = AdapterConfig(rank=4, target_modules=["q_proj"], magnitude_only_modules=["o_proj"])
+    assert AdapterConfig(**json.loads(json.dumps(config.to_dict()))) == config

@@ -1,0 +1,159 @@
+"""Which modules are found, what is trained afterwards, and the errors that say what would match."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from dora_lightning.adapters import (
+    AdapterConfig,
+    DoRALinear,
+    LoRALinear,
+    MagnitudeLinear,
+    adapter_layers,
+    find_targets,
+    inject_adapters,
+)
+from dora_lightning.adapters import inject as inject_module
+
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+Build = Callable[..., LlamaForCausalLM]
+
+
+def kinds(model: nn.Module) -> set[str]:
+    return {name.rpartition(".")[2] for name, _ in adapter_layers(model)}
+
+
+def test_all_linear_leaves_out_the_output_embedding(tiny_llama: Build) -> None:
+    model = inject_adapters(tiny_llama(), AdapterConfig())
+    assert kinds(model) == LINEAR
+    assert len(list(adapter_layers(model))) == 2 * len(LINEAR)
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_all_linear_for_magnitudes_leaves_it_out_too(tiny_llama: Build) -> None:
+    config = AdapterConfig(target_modules=["q_proj"], magnitude_only_modules="all-linear")
+    assert "lm_head" not in find_targets(tiny_llama(), config)
+
+
+def test_suffixes(tiny_llama: Build) -> None:
+    model = inject_adapters(tiny_llama(), AdapterConfig(target_modules=["q_proj", "mlp.up_proj", "lm_head"]))
+    assert kinds(model) == {"q_proj", "up_proj", "lm_head"}
+    config = AdapterConfig(target_modules=["model.layers.1.self_attn.q_proj"])
+    assert list(find_targets(tiny_llama(), config)) == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_a_suffix_is_whole_parts_of_the_name(tiny_llama: Build) -> None:
+    with pytest.raises(ValueError, match="'proj' matches no module"):
+        find_targets(tiny_llama(), AdapterConfig(target_modules=["proj"]))
+
+
+def test_regular_expression_matches_the_whole_name(tiny_llama: Build) -> None:
+    config = AdapterConfig(target_modules=r".*\.layers\.0\..*\.(q|k)_proj")
+    assert list(find_targets(tiny_llama(), config)) == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.k_proj",
+    ]
+    with pytest.raises(ValueError, match="matches no module"):
+        find_targets(tiny_llama(), AdapterConfig(target_modules="q_proj"))
+
+
+def test_magnitude_only_modules_come_before_targets(tiny_llama: Build) -> None:
+    config = AdapterConfig(target_modules=["q_proj", "o_proj"], magnitude_only_modules=["o_proj", "gate_proj"])
+    model = inject_adapters(tiny_llama(), config)
+    layers = {name.rpartition(".")[2]: type(layer) for name, layer in adapter_layers(model)}
+    assert layers == {"q_proj": DoRALinear, "o_proj": MagnitudeLinear, "gate_proj": MagnitudeLinear}
+
+
+def test_lora(tiny_llama: Build) -> None:
+    model = inject_adapters(tiny_llama(), AdapterConfig(method="lora", target_modules=["q_proj"]))
+    assert {type(layer) for _, layer in adapter_layers(model)} == {LoRALinear}
+
+
+def test_only_the_adapters_train(tiny_llama: Build) -> None:
+    model = inject_adapters(tiny_llama(), AdapterConfig())
+    trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"magnitude", "lora_A", "lora_B"}
+    model(torch.arange(8)[None]).logits.square().sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+def test_mode_is_kept(tiny_llama: Build) -> None:
+    for training in (True, False):
+        model = inject_adapters(tiny_llama().train(training), AdapterConfig())
+        assert {module.training for module in model.modules()} == {training}
+
+
+def test_again_with_the_same_config_changes_nothing(tiny_llama: Build) -> None:
+    config = AdapterConfig(rank=4)
+    model = inject_adapters(tiny_llama(), config)
+    before = dict(adapter_layers(model))
+    assert inject_adapters(model, AdapterConfig(rank=4)) is model
+    assert dict(adapter_layers(model)) == before
+    config.rank = 8  # the model keeps its own
+    with pytest.raises(ValueError, match="already has adapters of another config"):
+        inject_adapters(model, config)
+
+
+def test_adapters_inside_a_larger_model(tiny_llama: Build) -> None:
+    outer = nn.ModuleDict({"llm": inject_adapters(tiny_llama(), AdapterConfig())})
+    with pytest.raises(ValueError, match="already has adapters"):
+        inject_adapters(outer, AdapterConfig())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (AdapterConfig(target_modules=["qproj"]), r"'qproj' matches no module. Did you mean 'q_proj'\?"),
+        (AdapterConfig(target_modules=["mlp.up_prj"]), r"Did you mean 'up_proj'\?"),
+        (
+            AdapterConfig(target_modules=["q_proj", "xyz"]),
+            "'xyz' matches no module. Linear modules .* end in: down_proj",
+        ),
+        (AdapterConfig(magnitude_only_modules=["oproj"]), "magnitude_only_modules: 'oproj' matches no module"),
+        (AdapterConfig(target_modules=["embed_tokens"]), "matches model.embed_tokens, a Embedding; only nn.Linear"),
+        (AdapterConfig(target_modules=r".*layers\.0.*"), "only nn.Linear can be adapted"),
+    ],
+)
+def test_errors_leave_the_model_unchanged(tiny_llama: Build, config: AdapterConfig, message: str) -> None:
+    model = tiny_llama()
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=message):
+        inject_adapters(model, config)
+    assert dict(model.named_modules()) == before
+    assert all(p.requires_grad for p in model.parameters())
+    assert not hasattr(model, "adapter_config")
+
+
+def test_a_failure_half_way_leaves_the_model_unchanged(tiny_llama: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutOfMemory(DoRALinear):
+        made = 0
+
+        def __init__(self, *args: object) -> None:
+            OutOfMemory.made += 1
+            if OutOfMemory.made > 3:
+                raise torch.OutOfMemoryError
+            super().__init__(*args)
+
+    monkeypatch.setitem(inject_module._LAYERS, "dora", OutOfMemory)
+    model = tiny_llama()
+    with pytest.raises(torch.OutOfMemoryError):
+        inject_adapters(model, AdapterConfig())
+    assert not list(adapter_layers(model))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_attention_that_never_calls_its_projection() -> None:
+    model = nn.TransformerEncoderLayer(8, 2)
+    assert list(find_targets(model, AdapterConfig())) == ["linear1", "linear2"]
+    with pytest.raises(ValueError, match="out_proj"):
+        inject_adapters(model, AdapterConfig(target_modules=["out_proj"]))
+
+
+def test_a_model_with_nothing_to_adapt() -> None:
+    with pytest.raises(ValueError, match=r"no nn\.Linear"):
+        inject_adapters(nn.Sequential(nn.ReLU()), AdapterConfig())

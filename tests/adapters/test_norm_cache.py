@@ -1,0 +1,180 @@
+"""The norm is computed once per optimiser step, and never stale."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dora_lightning.adapters import DoRALinear, functional
+from dora_lightning.adapters.norm_cache import NormCache
+from tests.adapters.perturbed import adapted, assert_close
+
+
+@pytest.fixture
+def norms(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each computation of a norm."""
+    calls: list[int] = []
+    compute = functional.adapted_norm
+
+    def counted(*args: object) -> torch.Tensor:
+        calls.append(1)
+        return compute(*args)
+
+    monkeypatch.setattr(functional, "adapted_norm", counted)
+    return calls
+
+
+@pytest.fixture
+def layer() -> DoRALinear:
+    layer = adapted("dora")
+    layer(torch.randn(2, 12)).sum().backward()
+    return layer
+
+
+def assert_fresh(layer: DoRALinear) -> None:
+    V = layer.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    assert_close(layer.norm(), V.norm(dim=1), 1e-2 if layer.weight.dtype == torch.bfloat16 else 1e-6)
+    x = torch.randn(5, 12, dtype=layer.weight.dtype)
+    expected = x.double() @ (layer.magnitude / V.norm(dim=1))[:, None].mul(V).T + layer.bias
+    assert_close(layer(x), expected, 2e-2 if layer.weight.dtype == torch.bfloat16 else 1e-5)
+
+
+def test_once_per_step_over_micro_batches(layer: DoRALinear, norms: list[int]) -> None:
+    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(1, 4):
+        optimizer.step()
+        for _ in range(4):
+            layer(torch.randn(2, 12)).sum().backward()
+        assert len(norms) == step
+
+
+def test_once_under_activation_checkpointing(layer: DoRALinear, norms: list[int]) -> None:
+    block = nn.Sequential(layer, nn.GELU())
+    x = torch.randn(2, 12, requires_grad=True)
+    expected = torch.autograd.grad(block(x).sum(), [x, layer.lora_A, layer.lora_B, layer.magnitude])
+    with torch.no_grad():
+        layer.lora_B.add_(0)
+    norms.clear()
+    y = checkpoint(block, x, use_reentrant=False)
+    grads = torch.autograd.grad(y.sum(), [x, layer.lora_A, layer.lora_B, layer.magnitude])
+    assert len(norms) == 1
+    torch.testing.assert_close(grads, expected, rtol=0, atol=0)
+
+
+def test_none_while_generating(layer: DoRALinear, norms: list[int]) -> None:
+    layer.eval()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            for _ in range(3):
+                layer(torch.randn(1, 12))
+    assert norms == []
+
+
+@pytest.mark.parametrize("kind", [{"foreach": True}, {"fused": True}, {"foreach": False, "fused": False}])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
+def test_fresh_after_an_optimizer_step(layer: DoRALinear, optimizer: type, kind: dict) -> None:
+    stepper = optimizer([p for p in layer.parameters() if p.requires_grad], lr=0.1, **kind)
+    for _ in range(2):
+        layer(torch.randn(2, 12)).square().sum().backward()
+        stepper.step()
+        assert_fresh(layer)
+
+
+class ThroughData(torch.optim.Optimizer):
+    """Writes through ``.data``, which moves no version counter."""
+
+    def __init__(self, params: list) -> None:
+        super().__init__(params, {})
+
+    def step(self, closure: None = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.add_(0.5)
+
+
+def test_fresh_after_an_optimizer_that_writes_through_data(layer: DoRALinear, monkeypatch: pytest.MonkeyPatch) -> None:
+    # as on a GPU, where contents are not compared
+    monkeypatch.setattr(NormCache, "_unchanged", lambda self, small: True)
+    ThroughData([layer.lora_A, layer.lora_B]).step()
+    assert_fresh(layer)
+
+
+def reassign(layer: DoRALinear) -> None:
+    state = {name: tensor + 0.3 for name, tensor in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+
+
+def load(layer: DoRALinear) -> None:
+    layer.load_state_dict({name: tensor + 0.3 for name, tensor in layer.state_dict().items()})
+
+
+def replace_base_in_place_of_a_freed_one(layer: DoRALinear) -> None:
+    """The new parameter may get the id and the memory of the old one."""
+    value = layer.weight.detach() + 0.3
+    del layer.base_layer.weight
+    gc.collect()
+    layer.base_layer.weight = nn.Parameter(value, requires_grad=False)
+
+
+EDITS: dict[str, Callable[[DoRALinear], object]] = {
+    "lora_A in place": lambda layer: layer.lora_A.add_(0.3),
+    "lora_B in place": lambda layer: layer.lora_B.mul_(2),
+    "lora_A.data in place": lambda layer: layer.lora_A.data.add_(0.3),
+    "lora_B.data one value": lambda layer: layer.lora_B.data[3, 1].add_(0.3),
+    "lora_B.data set": lambda layer: setattr(layer.lora_B, "data", layer.lora_B.data + 0.3),
+    "base copy_": lambda layer: layer.weight.copy_(layer.weight + 0.3),
+    "base.data set": lambda layer: setattr(layer.weight, "data", layer.weight.data + 0.3),
+    "base replaced": replace_base_in_place_of_a_freed_one,
+    "load_state_dict": load,
+    "load_state_dict, assign": reassign,
+    "to bfloat16": lambda layer: layer.to(torch.bfloat16),
+    "to float64": lambda layer: layer.double(),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
+def test_fresh_after(layer: DoRALinear, edit: Callable[[DoRALinear], object]) -> None:
+    with torch.no_grad():
+        edit(layer)
+    assert_fresh(layer)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_go_their_own_way(layer: DoRALinear, duplicate: Callable[[DoRALinear], DoRALinear]) -> None:
+    other = duplicate(layer)
+    with torch.no_grad():
+        other.lora_B.add_(0.3)
+        other.weight.add_(0.3)
+    assert_fresh(other)
+    with torch.no_grad():
+        layer.lora_B.sub_(0.3)
+    assert_fresh(layer)
+    assert_fresh(other)
+
+
+def test_training_after_inference_mode(layer: DoRALinear) -> None:
+    with torch.no_grad():
+        layer.lora_B.add_(0.3)
+    with torch.inference_mode():
+        layer(torch.randn(2, 12))
+    layer(torch.randn(2, 12)).sum().backward()
+    assert_fresh(layer)
+
+
+def test_the_state_dict_holds_no_norm(layer: DoRALinear) -> None:
+    assert set(layer.state_dict()) == {"lora_A", "lora_B", "magnitude", "base_layer.weight", "base_layer.bias"}
+
+
+def test_clear() -> None:
+    cache, weight = NormCache(), torch.ones(2)
+    values = iter([torch.ones(1), torch.zeros(1)])
+    assert cache.get(lambda: next(values), large=[weight], small=[]) == 1
+    assert cache.get(lambda: next(values), large=[weight], small=[]) == 1
+    cache.clear()
+    assert cache.get(lambda: next(values), large=[weight], small=[]) == 0

@@ -1,0 +1,62 @@
+"""The trainable shares the paper prints, counted on the meta device from the true architectures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dora_lightning.adapters import AdapterConfig, inject_adapters, summarize_adapters
+
+ARCHITECTURES = {
+    "LLaMA-7B": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    | {"num_attention_heads": 32, "num_key_value_heads": 32},
+    "LLaMA-13B": {"vocab_size": 32000, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40}
+    | {"num_attention_heads": 40, "num_key_value_heads": 40},
+    "LLaMA3-8B": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    | {"num_attention_heads": 32, "num_key_value_heads": 8},
+}
+ARCHITECTURES["LLaMA2-7B"] = ARCHITECTURES["LLaMA-7B"]
+BASE_PARAMETERS = {
+    "LLaMA-7B": 6_738_415_616,
+    "LLaMA2-7B": 6_738_415_616,
+    "LLaMA-13B": 13_015_864_320,
+    "LLaMA3-8B": 8_030_261_248,
+}
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+QKV, OTHERS = ["q_proj", "k_proj", "v_proj"], ["o_proj", "gate_proj", "up_proj", "down_proj"]
+
+# model, what is trained, config, printed share in per cent
+PAPER = [
+    ("LLaMA-7B", "LoRA r32", AdapterConfig("lora", 32, target_modules=TARGETS), "0.83"),
+    ("LLaMA-7B", "DoRA r16", AdapterConfig("dora", 16, target_modules=TARGETS), "0.43"),
+    ("LLaMA-7B", "DoRA r32", AdapterConfig("dora", 32, target_modules=TARGETS), "0.84"),
+    (
+        "LLaMA-7B",
+        "DoRA r32, q k v; magnitude of o gate up down",
+        AdapterConfig("dora", 32, target_modules=QKV, magnitude_only_modules=OTHERS),
+        "0.39",
+    ),
+    ("LLaMA-13B", "LoRA r32", AdapterConfig("lora", 32, target_modules=TARGETS), "0.67"),
+    ("LLaMA-13B", "DoRA r32", AdapterConfig("dora", 32, target_modules=TARGETS), "0.68"),
+    ("LLaMA2-7B", "DoRA r32", AdapterConfig("dora", 32, target_modules=TARGETS), "0.84"),
+    ("LLaMA3-8B", "LoRA r32", AdapterConfig("lora", 32, target_modules=TARGETS), "0.70"),
+    ("LLaMA3-8B", "DoRA r32", AdapterConfig("dora", 32, target_modules=TARGETS), "0.71"),
+]
+
+
+def count(model: str, config: AdapterConfig) -> tuple[int, int]:
+    with torch.device("meta"):
+        network = LlamaForCausalLM(LlamaConfig(**ARCHITECTURES[model], tie_word_embeddings=False))
+    assert sum(p.numel() for p in network.parameters()) == BASE_PARAMETERS[model]
+    summary = summarize_adapters(inject_adapters(network, config))
+    return summary.trainable, summary.total
+
+
+@pytest.mark.parametrize(("model", "trained", "config", "printed"), PAPER, ids=[f"{m} {t}" for m, t, _, _ in PAPER])
+def test_share(model: str, trained: str, config: AdapterConfig, printed: str) -> None:
+    trainable, total = count(model, config)
+    shares = [100 * trainable / total, 100 * trainable / BASE_PARAMETERS[model]]
+    print(f"\n| {model} | {trained} | {trainable:,} | {shares[0]:.4f} | {shares[1]:.4f} | {printed} |")
+    assert f"{shares[0]:.2f}" == printed
