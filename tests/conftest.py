@@ -4,6 +4,7 @@ The library is imported inside the fixtures: jaxtyping's import hook is set afte
 """
 
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# tensors this small are ten times slower on two threads that other processes share; child processes read the variable
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"

@@ -63,7 +63,9 @@ class DoRALlama(Backbone):
         model = load_causal_lm(self.model_name_or_path, self.base_dtype, self.attn_implementation)
         check_plain_logits(model)
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # the name changed within transformers 5
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         return model, load_tokenizer(self.model_name_or_path)
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
