@@ -163,6 +163,7 @@ def test_training_after_inference_mode(layer: DoRALinear) -> None:
         layer.lora_B.add_(0.3)
     with torch.inference_mode():
         layer(torch.randn(2, 12))
+    assert not layer.norm().is_inference()
     layer(torch.randn(2, 12)).sum().backward()
     assert_fresh(layer)
 
