@@ -4,5 +4,6 @@ from dora_lightning.callbacks.dora import DoRA
 from dora_lightning.callbacks.group_learning_rates import GroupLearningRates
 from dora_lightning.callbacks.magnitude_only import MagnitudeOnly
 from dora_lightning.callbacks.merge_on_save import MergeOnSave
+from dora_lightning.callbacks.sharded_training import ShardedTraining
 
-__all__ = ["DoRA", "GroupLearningRates", "MagnitudeOnly", "MergeOnSave"]
+__all__ = ["DoRA", "GroupLearningRates", "MagnitudeOnly", "MergeOnSave", "ShardedTraining"]

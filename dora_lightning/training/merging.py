@@ -30,7 +30,13 @@ from dora_lightning.training.base_identity import check_weight_of_base
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
 
 
-def merge_to_folder(base: str, adapter: AdapterCheckpoint, output: str | Path, overwrite: bool = False) -> Path:
+def merge_to_folder(
+    base: str,
+    adapter: AdapterCheckpoint,
+    output: str | Path,
+    overwrite: bool = False,
+    notes: Mapping[str, str] | None = None,
+) -> Path:
     """Write the merged model as a Hugging Face folder that ``transformers`` loads without this library.
 
     Args:
@@ -38,6 +44,7 @@ def merge_to_folder(base: str, adapter: AdapterCheckpoint, output: str | Path, o
         adapter: config, identity of the base, and trained tensors.
         output: folder to make.
         overwrite: replace ``output`` if it exists.
+        notes: text files to write beside the weights, name -> text.
 
     Returns:
         ``output``.
@@ -58,6 +65,8 @@ def merge_to_folder(base: str, adapter: AdapterCheckpoint, output: str | Path, o
     _check_weights_exist(files, updates, source)
 
     output.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in (*output.parent.glob(f".{output.name}.partial-*"), *output.parent.glob(f".{output.name}.old-*")):
+        shutil.rmtree(leftover)  # of a process that was killed
     _check_space(sum(file.stat().st_size for file in files), output.parent)
     partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.partial-"))
     try:
@@ -66,6 +75,8 @@ def merge_to_folder(base: str, adapter: AdapterCheckpoint, output: str | Path, o
                 shutil.copyfile(file, partial / file.name)
         for file in files:
             _merge_file(file, partial / file.name, adapter, updates, base)
+        for name, text in (notes or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
         partial.chmod(0o755)
         _replace(partial, output)
     except OSError as error:

@@ -1,0 +1,176 @@
+"""Mixed precision, sharding and activation checkpointing for a frozen base with adapters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
+
+from dora_lightning.training.build_steps import BuildStep, after_model_is_built
+from dora_lightning.training.sharded_checkpoint import use_adapter_checkpoints
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
+_ALTERNATIVE = (
+    "use FSDP2: strategy: {class_path: lightning.pytorch.strategies.ModelParallelStrategy, init_args: "
+    "{data_parallel_size: <processes>, tensor_parallel_size: 1, save_distributed_checkpoint: false}}"
+)
+
+
+class ShardedTraining(Callback):
+    """Prepares a model with adapters for the strategy at hand; the module itself does not know how it is sharded.
+
+    Under ``ModelParallelStrategy`` each transformer block, then the whole, becomes an FSDP2 unit (frozen base and
+    adapters together; FSDP2 shards tensors of several dtypes in one unit), and checkpoints gather what trains and never
+    the base. On a single device and under DDP the same precision and activation checkpointing apply.
+
+    Args:
+        base_dtype: dtype that frozen floating-point weights are cast to; null leaves them as they are. What trains
+            stays fp32.
+        blocks: class names of the transformer blocks; by default what the transformers model declares
+            (``_no_split_modules``), else the class that repeats most often in a ``ModuleList``.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        reshard_after_forward: free each block's gathered weights after its forward pass; False trades memory for speed.
+
+    Raises:
+        ValueError: unknown dtype, no such blocks, or a strategy that cannot do it, with the alternative.
+    """
+
+    def __init__(
+        self,
+        base_dtype: str | None = "bfloat16",
+        blocks: list[str] | None = None,
+        activation_checkpointing: bool = False,
+        reshard_after_forward: bool = True,
+    ) -> None:
+        if base_dtype is not None and base_dtype not in DTYPES:
+            raise ValueError(f"base_dtype must be null or one of {', '.join(DTYPES)}, got {base_dtype!r}")
+        self.base_dtype = None if base_dtype is None else DTYPES[base_dtype]
+        self.blocks = blocks
+        self.activation_checkpointing = activation_checkpointing
+        self.reshard_after_forward = reshard_after_forward
+        self._prepared: LightningModule | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the strategy and have the model prepared after adapters are injected."""
+        _check_strategy(trainer)
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            use_adapter_checkpoints(trainer.strategy)
+        if self._prepared is not pl_module:
+            self._prepared = pl_module
+            after_model_is_built(pl_module, BuildStep.SHARD, partial(self._prepare, trainer, pl_module))
+
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if any(isinstance(module, FSDPModule) for module in pl_module.modules()):
+            return  # a second call of configure_model, or a later stage
+        if self.base_dtype is not None:
+            cast_frozen(pl_module, self.base_dtype)
+        blocks = find_blocks(pl_module, self.blocks)
+        if self.activation_checkpointing:
+            for block in blocks:
+                checkpoint_activations(block)
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            mesh = trainer.strategy.device_mesh["data_parallel"]
+            for block in blocks:
+                fully_shard(block, mesh=mesh, reshard_after_forward=self.reshard_after_forward)
+            # what is outside of the blocks stays gathered from the forward to the backward pass
+            fully_shard(pl_module, mesh=mesh, reshard_after_forward=False)
+            for step in _STEPS:
+                _call_through_module(pl_module, step)
+            rank_zero_info(f"FSDP2: {len(blocks)} blocks over {mesh.size()} processes")
+
+
+def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast frozen floating-point parameters; what trains, and buffers (rotary frequencies), keep theirs."""
+    for parameter in module.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def find_blocks(module: nn.Module, names: list[str] | None = None) -> list[nn.Module]:
+    """The transformer blocks inside ``module``, by class name, or as the model declares them.
+
+    Raises:
+        ValueError: none are found; the message lists what repeats.
+    """
+    declared = {name for child in module.modules() for name in (getattr(child, "_no_split_modules", None) or ())}
+    wanted = set(names) if names is not None else declared
+    blocks = [child for child in module.modules() if type(child).__name__ in wanted]
+    repeated = Counter(
+        type(child).__name__
+        for parent in module.modules()
+        if isinstance(parent, nn.ModuleList)
+        for child in parent
+        if any(True for _ in child.parameters())
+    )
+    if not blocks and names is None and repeated:
+        commonest = repeated.most_common(1)[0][0]
+        blocks = [child for child in module.modules() if type(child).__name__ == commonest]
+    if not blocks:
+        listing = ", ".join(repeated) or "nothing in a ModuleList"
+        raise ValueError(f"no transformer blocks found (blocks={names}); name their class. What repeats: {listing}")
+    return blocks
+
+
+def checkpoint_activations(block: nn.Module) -> None:
+    """Recompute ``block`` in the backward pass; parameter names stay as they are."""
+    forward = block.forward
+
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    object.__setattr__(block, "forward", recomputed)
+
+
+def _call_through_module(pl_module: LightningModule, name: str) -> None:
+    """Let a step run inside ``pl_module.__call__``, where FSDP2's hooks gather the root's weights.
+
+    A step may then use any part of the model in any way, as it does without sharding.
+    """
+    method = getattr(pl_module, name)
+
+    @wraps(method)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        original = pl_module.forward
+
+        def forward(*inner_args: Any, **inner_kwargs: Any) -> Any:
+            object.__setattr__(pl_module, "forward", original)
+            return method(*inner_args, **inner_kwargs)
+
+        object.__setattr__(pl_module, "forward", forward)
+        return pl_module(*args, **kwargs)
+
+    object.__setattr__(pl_module, name, step)
+
+
+def _check_strategy(trainer: Trainer) -> None:
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy):
+        raise ValueError(
+            "ShardedTraining does not run under FSDPStrategy (FSDP1), which cannot hold a bf16 base and fp32 adapters "
+            f"in one unit, nor clip gradients by norm; {_ALTERNATIVE}"
+        )
+    if type(strategy).__name__ == "DeepSpeedStrategy":
+        raise ValueError(f"ShardedTraining does not run under DeepSpeed; {_ALTERNATIVE}")
+    if isinstance(strategy, ModelParallelStrategy):
+        if strategy._save_distributed_checkpoint:
+            raise ValueError(
+                "Lightning cannot resume a sharded checkpoint that holds the adapter alone; "
+                "set save_distributed_checkpoint: false (adapters are small)"
+            )
+        if strategy._tensor_parallel_size != 1:
+            raise ValueError("adapters are not tensor-parallel; set tensor_parallel_size: 1")
