@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import auto_cli
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -42,6 +42,16 @@ TRAINER_VERBS = {
 OFFLINE_VERBS: dict[str, Callable[..., Any]] = {"merge": merge, "generate": generate}
 
 
+class FinalCheckpoint(Callback):
+    """Saves ``last.ckpt`` at the end of training: one that is saved every so many steps need not hold the end."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save over the last checkpoint of a ModelCheckpoint that keeps one."""
+        for callback in trainer.checkpoint_callbacks:
+            if path := getattr(callback, "last_model_path", ""):
+                trainer.save_checkpoint(path)
+
+
 class DoRACLI(LightningCLI):
     """LightningCLI for any LightningModule and LightningDataModule, with run folders and resuming.
 
@@ -58,6 +68,7 @@ class DoRACLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": FinalCheckpoint()},
             parser_kwargs={
                 "prog": "dora-lightning",
                 "parser_mode": "omegaconf+",
@@ -120,15 +131,10 @@ class DoRACLI(LightningCLI):
     def after_fit(self) -> None:
         """Say what came out, and mark the run as finished."""
         folder = self._run_folder()
-        if folder is None or self.trainer.interrupted:
+        if folder is None or self.trainer.interrupted or not self.trainer.is_global_zero:
             return
         checkpoint = self.trainer.checkpoint_callback
         saved = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
-        if getattr(checkpoint, "last_model_path", ""):
-            # saved every so many steps, it need not be the end of the run
-            self.trainer.save_checkpoint(saved)  # on every process: a sharded strategy gathers
-        if not self.trainer.is_global_zero:
-            return
         after = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         before = self._saved_before()
         if before is not None:
