@@ -116,10 +116,10 @@ def load(layer: DoRALinear) -> None:
 
 def replace_base_in_place_of_a_freed_one(layer: DoRALinear) -> None:
     """The new parameter may get the id and the memory of the old one."""
-    value = layer.weight.detach() + 0.3
+    value = (layer.weight + 0.3).tolist()
     del layer.base_layer.weight
     gc.collect()
-    layer.base_layer.weight = nn.Parameter(value, requires_grad=False)
+    layer.base_layer.weight = nn.Parameter(torch.tensor(value), requires_grad=False)
 
 
 EDITS: dict[str, Callable[[DoRALinear], object]] = {
@@ -156,6 +156,19 @@ def test_copies_go_their_own_way(layer: DoRALinear, duplicate: Callable[[DoRALin
         layer.lora_B.sub_(0.3)
     assert_fresh(layer)
     assert_fresh(other)
+
+
+def test_another_tensor_at_the_same_address_is_another_tensor() -> None:
+    cache, weight = NormCache(), torch.ones(2)
+    assert cache.get(lambda: torch.ones(1), large=[weight], small=[]) == 1
+    assert cache.get(lambda: torch.zeros(1), large=[weight.view(2)], small=[]) == 0
+
+
+def test_norm_under_autocast_is_fp32(layer: DoRALinear) -> None:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        layer.lora_B.add_(0.3)
+        layer(torch.randn(2, 12))
+    assert_fresh(layer)
 
 
 def test_training_after_inference_mode(layer: DoRALinear) -> None:

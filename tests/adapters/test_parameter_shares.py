@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dora_lightning.adapters import AdapterConfig, inject_adapters, summarize_adapters
+from dora_lightning.adapters import AdapterConfig, AdapterSummary, inject_adapters, summarize_adapters
 
 ARCHITECTURES = {
     "LLaMA-7B": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
@@ -46,17 +46,16 @@ PAPER = [
 ]
 
 
-def count(model: str, config: AdapterConfig) -> tuple[int, int]:
+def count(model: str, config: AdapterConfig) -> AdapterSummary:
     with torch.device("meta"):
         network = LlamaForCausalLM(LlamaConfig(**ARCHITECTURES[model], tie_word_embeddings=False))
     assert sum(p.numel() for p in network.parameters()) == BASE_PARAMETERS[model]
-    summary = summarize_adapters(inject_adapters(network, config))
-    return summary.trainable, summary.total
+    return summarize_adapters(inject_adapters(network, config))
 
 
 @pytest.mark.parametrize(("model", "trained", "config", "printed"), PAPER, ids=[f"{m} {t}" for m, t, _, _ in PAPER])
 def test_share(model: str, trained: str, config: AdapterConfig, printed: str) -> None:
-    trainable, total = count(model, config)
-    shares = [100 * trainable / total, 100 * trainable / BASE_PARAMETERS[model]]
-    print(f"\n| {model} | {trained} | {trainable:,} | {shares[0]:.4f} | {shares[1]:.4f} | {printed} |")
-    assert f"{shares[0]:.2f}" == printed
+    summary = count(model, config)
+    share, of_base = 100 * summary.share, 100 * summary.trainable / BASE_PARAMETERS[model]
+    print(f"\n| {model} | {trained} | {summary.trainable:,} | {share:.4f} | {of_base:.4f} | {printed} |")
+    assert f"{share:.2f}" == printed
