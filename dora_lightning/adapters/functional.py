@@ -34,9 +34,6 @@ NORM_EPS = 1e-12
 _CHUNK_ELEMENTS = {"cpu": 2**17}
 _CHUNK_ELEMENTS_DEFAULT = 2**24
 
-# Rows of a product whose left factor is scaled on the way. Fewer cost the product more than the cache gains.
-_PRODUCT_ROWS = {"cpu": 512}
-
 
 def weight_norm_sq(weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
     """Squared norm of each row of ``weight``, accumulated in at least fp32 without widening the whole weight.
@@ -196,9 +193,11 @@ class _AdapterLinear(torch.autograd.Function):
             dbias = flat_dy.sum(dim=0, dtype=_wide_dtype(dy.dtype)).to(ctx.bias_dtype)
         if needs_gain:
             dgain = _sum_of_products(flat_dy, _flat(z)).to(gain.dtype)
-        # dz = g * dy is never built whole: the gain goes into the small factor of each product, where there is one
+        # dz = g * dy is built for the product with the weight alone; elsewhere the gain goes into a small factor
         if needs_x:
-            dx = _scaled_product(flat_dy, gain, weight.to(dy.dtype)).view(x.shape)
+            dz = flat_dy if gain is None else _scale(flat_dy, gain, out=torch.empty_like(flat_dy))
+            dx = (dz @ weight.to(dz.dtype)).view(x.shape)
+            del dz
         if needs_weight:
             dweight = flat_dy.T @ _flat(x)
             dweight = (dweight if gain is None else gain[:, None] * dweight).to(weight.dtype)
@@ -226,19 +225,6 @@ def _sum_of_products(a: Float[Tensor, "tokens out"], b: Float[Tensor, "tokens ou
     for a_rows, b_rows in zip(a_chunks, b_chunks, strict=True):
         sums[: a_rows.shape[0]].addcmul_(a_rows.to(dtype), b_rows.to(dtype))
     return sums.sum(dim=0)
-
-
-def _scaled_product(
-    rows: Float[Tensor, "tokens out"], gain: Float[Tensor, " out"] | None, weight: Float[Tensor, "out in"]
-) -> Float[Tensor, "tokens in"]:
-    """``(gain * rows) @ weight``; on a CPU the scaled rows go through its cache a part at a time."""
-    if gain is None:
-        return rows @ weight
-    count = _PRODUCT_ROWS.get(rows.device.type, max(1, rows.shape[0]))
-    product = rows.new_empty(rows.shape[0], weight.shape[1])
-    for part, out in zip(rows.split(count), product.split(count), strict=True):
-        torch.mm(_scale(part, gain, out=torch.empty_like(part)), weight, out=out)
-    return product
 
 
 def _scale(matrix: Float[Tensor, "*batch out"], gain: Float[Tensor, " out"], out: Tensor) -> Tensor:
