@@ -46,6 +46,17 @@ class PerSourceMean(Metric):
         self.add_state("values", default=[], dist_reduce_fx="cat")
         # names travel between processes as bytes, so that no process need know them all beforehand
         self.add_state("names", default=[], dist_reduce_fx="cat")
+        self._begin()
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        super().reset()
+        self._begin()
+
+    def _begin(self) -> None:
+        # a process that sees no sample must have something to exchange, or the others would wait for it
+        self.values.append(torch.zeros(0, device=self.device))
+        self.names.append(torch.zeros(0, _NAME_BYTES, dtype=torch.uint8, device=self.device))
 
     def update(self, values: Tensor, sources: Sequence[str]) -> None:
         """Add one value per sample.
@@ -60,8 +71,6 @@ class PerSourceMean(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Mean per source."""
-        if not len(self.values):
-            return {}
         names = [_from_bytes(name) for name in dim_zero_cat(self.names)]
         return per_source_mean(dim_zero_cat(self.values), names)
 
