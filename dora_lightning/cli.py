@@ -121,10 +121,10 @@ class DoRACLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Evaluate the model as it is, unless the run that goes on has done so."""
-        if not self.config.fit.evaluate_before or self._saved_before() is not None:
+        folder = self._run_folder()
+        if not self.config.fit.evaluate_before or _saved_before(folder) is not None:
             return
         before = self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)[0]
-        folder = self._run_folder()
         if self.trainer.is_global_zero and folder is not None:
             write_result(folder, BEFORE_FILE, before)
 
@@ -136,19 +136,20 @@ class DoRACLI(LightningCLI):
         checkpoint = self.trainer.checkpoint_callback
         saved = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
         after = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        before = self._saved_before()
+        before = _saved_before(folder)
         if before is not None:
             Console().print(_comparison(before, after))
         write_result(folder, RESULT_FILE, {"steps": self.trainer.global_step, "before": before, "after": after})
         Console().print(f"Run folder: {folder}" + (f"\nAdapter checkpoint: {saved}" if saved else ""), highlight=False)
 
     def _run_folder(self) -> Path | None:
-        return Path(self.trainer.log_dir) if self.trainer.log_dir else None
+        log_dir = self.trainer.log_dir  # asks the first process: to be called on every one
+        return Path(log_dir) if log_dir else None
 
-    def _saved_before(self) -> dict[str, float] | None:
-        folder = self._run_folder()
-        path = folder / BEFORE_FILE if folder else None
-        return json.loads(path.read_text()) if path is not None and path.is_file() else None
+
+def _saved_before(folder: Path | None) -> dict[str, float] | None:
+    path = folder / BEFORE_FILE if folder else None
+    return json.loads(path.read_text()) if path is not None and path.is_file() else None
 
 
 def _check_checkpoint_file(path: str | None) -> None:

@@ -191,10 +191,8 @@ class Backbone(LightningModule):
 
     def on_predict_epoch_end(self) -> None:
         """Write what was generated."""
-        records = self._gather(self._predicted)
-        self._predicted = []
-        if self.trainer.is_global_zero:
-            self._write_records("predictions.jsonl", records)
+        predicted, self._predicted = self._predicted, []
+        self._write_records("predictions.jsonl", predicted)
 
     def _judge(self, samples: Sequence[Sample]) -> None:
         assert self.task is not None
@@ -207,20 +205,21 @@ class Backbone(LightningModule):
         assert self.task is not None
         metrics = self.task.compute()
         self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()})
-        records = self._gather(self.task.records())
-        table = self.task.table(metrics)
-        if self.trainer.sanity_checking or not self.trainer.is_global_zero:
+        if self.trainer.sanity_checking:
             return
-        if stage == "test":
-            Console().print(table)
-        self._write_records(f"{stage}_predictions.jsonl", records)
+        if stage == "test" and self.trainer.is_global_zero:
+            Console().print(self.task.table(metrics))
+        self._write_records(f"{stage}_predictions.jsonl", self.task.records())
 
     def _write_records(self, name: str, records: list[dict[str, Any]]) -> None:
-        if self.trainer.log_dir is None:
+        """Write the records of all processes to one file; to be called on every process."""
+        folder = self.trainer.log_dir  # asks the first process
+        gathered = self._gather(records)
+        if folder is None or not self.trainer.is_global_zero:
             return
-        path = Path(self.trainer.log_dir) / name
+        path = Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        write_text_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in gathered))
         rank_zero_info(f"Predictions: {path}")
 
     def _gather(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -102,11 +102,11 @@ class MergeOnSave(Callback):
         _, model = adapted_submodule(pl_module)
         # every process takes part in gathering what is sharded
         tensors = {name: whole_tensor(p) for name, p in model.named_parameters() if p.requires_grad}
+        root = Path(trainer.log_dir or trainer.default_root_dir)  # asks the first process
         if trainer.is_global_zero:
             config = cast(AdapterConfig, model.adapter_config)
             base = self.base or _loaded_from(pl_module, model)
             adapter = AdapterCheckpoint(config, base_identity(model, base), tensors)
-            root = Path(trainer.log_dir or trainer.default_root_dir)
             folder = Path(self.dirpath) if self.dirpath else root / "merged"
             merge_to_folder(base, adapter, folder, overwrite=True)
             rank_zero_info(f"Merged model: {folder}")
