@@ -77,10 +77,11 @@ class MergeOnSave(Callback):
         folders = {checkpoint.parent for checkpoint in kept}
         for folder in folders:
             for merged in folder.glob("*-merged"):
-                if (merged / SOURCE_FILE).exists() and merged not in map(_merged_folder, kept):
+                source = _source_of(merged)
+                if source is not None and not (folder / source["checkpoint"]).exists():
                     shutil.rmtree(merged)
         for checkpoint in wanted:
-            if checkpoint.is_file() and _source_of(checkpoint) != _stamp(checkpoint):
+            if checkpoint.is_file() and _source_of(_merged_folder(checkpoint)) != _stamp(checkpoint):
                 adapter = read_adapter_checkpoint(checkpoint)
                 _, model = adapted_submodule(pl_module)
                 base = self.base or _loaded_from(pl_module, model)
@@ -127,8 +128,8 @@ def _stamp(checkpoint: Path) -> dict[str, Any]:
     return {"checkpoint": checkpoint.name, "size": stat.st_size, "modified_ns": stat.st_mtime_ns}
 
 
-def _source_of(checkpoint: Path) -> dict[str, Any] | None:
-    path = _merged_folder(checkpoint) / SOURCE_FILE
+def _source_of(merged: Path) -> dict[str, Any] | None:
+    path = merged / SOURCE_FILE
     return json.loads(path.read_text()) if path.is_file() else None
 
 
