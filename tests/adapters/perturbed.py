@@ -1,12 +1,27 @@
-"""Adapter layers away from their initial state, and PEFT's twins of them."""
+"""Adapter layers away from their initial state, PEFT's twins of them, and a tiny LLaMA; all from one seed."""
 
 from __future__ import annotations
 
 import peft
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dora_lightning.adapters import AdapterConfig, AdapterLayer, inject_adapters
+
+
+def tiny_llama(tied: bool = False) -> LlamaForCausalLM:
+    """Two layers, random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=tied,
+    )
+    return LlamaForCausalLM(config)
 
 
 def perturb(model: nn.Module) -> None:
@@ -21,6 +36,7 @@ def adapted(
     method: str = "dora", in_features: int = 12, out_features: int = 10, bias: bool = True, **options: object
 ) -> AdapterLayer:
     """One adapter layer around a random ``nn.Linear``, perturbed."""
+    torch.manual_seed(0)
     dtype = options.pop("dtype", torch.float32)
     model = nn.Sequential(nn.Linear(in_features, out_features, bias=bias, dtype=dtype))
     if method != "magnitude":

@@ -17,6 +17,7 @@ S = 1.5
 def operands(
     tokens: tuple[int, ...] = (7,), in_: int = 12, out: int = 10, rank: int = 4, dtype: torch.dtype = torch.float64
 ) -> dict[str, Tensor]:
+    torch.manual_seed(0)
     shapes = {"x": (*tokens, in_), "weight": (out, in_), "lora_A": (rank, in_), "lora_B": (out, rank), "bias": (out,)}
     made = {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
     return {**made, "gain": 1 + 0.1 * torch.randn(out, dtype=torch.promote_types(dtype, torch.float32))}

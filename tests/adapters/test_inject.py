@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
 
 from dora_lightning.adapters import (
     AdapterConfig,
@@ -19,40 +16,40 @@ from dora_lightning.adapters import (
     inject_adapters,
 )
 from dora_lightning.adapters import inject as inject_module
+from tests.adapters.perturbed import tiny_llama
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-Build = Callable[..., LlamaForCausalLM]
 
 
 def kinds(model: nn.Module) -> set[str]:
     return {name.rpartition(".")[2] for name, _ in adapter_layers(model)}
 
 
-def test_all_linear_leaves_out_the_output_embedding(tiny_llama: Build) -> None:
+def test_all_linear_leaves_out_the_output_embedding() -> None:
     model = inject_adapters(tiny_llama(), AdapterConfig())
     assert kinds(model) == LINEAR
     assert len(list(adapter_layers(model))) == 2 * len(LINEAR)
     assert type(model.lm_head) is nn.Linear
 
 
-def test_all_linear_for_magnitudes_leaves_it_out_too(tiny_llama: Build) -> None:
+def test_all_linear_for_magnitudes_leaves_it_out_too() -> None:
     config = AdapterConfig(target_modules=["q_proj"], magnitude_only_modules="all-linear")
     assert "lm_head" not in find_targets(tiny_llama(), config)
 
 
-def test_suffixes(tiny_llama: Build) -> None:
+def test_suffixes() -> None:
     model = inject_adapters(tiny_llama(), AdapterConfig(target_modules=["q_proj", "mlp.up_proj", "lm_head"]))
     assert kinds(model) == {"q_proj", "up_proj", "lm_head"}
     config = AdapterConfig(target_modules=["model.layers.1.self_attn.q_proj"])
     assert list(find_targets(tiny_llama(), config)) == ["model.layers.1.self_attn.q_proj"]
 
 
-def test_a_suffix_is_whole_parts_of_the_name(tiny_llama: Build) -> None:
+def test_a_suffix_is_whole_parts_of_the_name() -> None:
     with pytest.raises(ValueError, match="'proj' matches no module"):
         find_targets(tiny_llama(), AdapterConfig(target_modules=["proj"]))
 
 
-def test_regular_expression_matches_the_whole_name(tiny_llama: Build) -> None:
+def test_regular_expression_matches_the_whole_name() -> None:
     config = AdapterConfig(target_modules=r".*\.layers\.0\..*\.(q|k)_proj")
     assert list(find_targets(tiny_llama(), config)) == [
         "model.layers.0.self_attn.q_proj",
@@ -62,19 +59,19 @@ def test_regular_expression_matches_the_whole_name(tiny_llama: Build) -> None:
         find_targets(tiny_llama(), AdapterConfig(target_modules="q_proj"))
 
 
-def test_magnitude_only_modules_come_before_targets(tiny_llama: Build) -> None:
+def test_magnitude_only_modules_come_before_targets() -> None:
     config = AdapterConfig(target_modules=["q_proj", "o_proj"], magnitude_only_modules=["o_proj", "gate_proj"])
     model = inject_adapters(tiny_llama(), config)
     layers = {name.rpartition(".")[2]: type(layer) for name, layer in adapter_layers(model)}
     assert layers == {"q_proj": DoRALinear, "o_proj": MagnitudeLinear, "gate_proj": MagnitudeLinear}
 
 
-def test_lora(tiny_llama: Build) -> None:
+def test_lora() -> None:
     model = inject_adapters(tiny_llama(), AdapterConfig(method="lora", target_modules=["q_proj"]))
     assert {type(layer) for _, layer in adapter_layers(model)} == {LoRALinear}
 
 
-def test_only_the_adapters_train(tiny_llama: Build) -> None:
+def test_only_the_adapters_train() -> None:
     model = inject_adapters(tiny_llama(), AdapterConfig())
     trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"magnitude", "lora_A", "lora_B"}
@@ -82,13 +79,13 @@ def test_only_the_adapters_train(tiny_llama: Build) -> None:
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
-def test_mode_is_kept(tiny_llama: Build) -> None:
+def test_mode_is_kept() -> None:
     for training in (True, False):
         model = inject_adapters(tiny_llama().train(training), AdapterConfig())
         assert {module.training for module in model.modules()} == {training}
 
 
-def test_again_with_the_same_config_changes_nothing(tiny_llama: Build) -> None:
+def test_again_with_the_same_config_changes_nothing() -> None:
     config = AdapterConfig(rank=4)
     model = inject_adapters(tiny_llama(), config)
     before = dict(adapter_layers(model))
@@ -99,7 +96,7 @@ def test_again_with_the_same_config_changes_nothing(tiny_llama: Build) -> None:
         inject_adapters(model, config)
 
 
-def test_adapters_inside_a_larger_model(tiny_llama: Build) -> None:
+def test_adapters_inside_a_larger_model() -> None:
     outer = nn.ModuleDict({"llm": inject_adapters(tiny_llama(), AdapterConfig())})
     with pytest.raises(ValueError, match="already has adapters"):
         inject_adapters(outer, AdapterConfig())
@@ -119,7 +116,7 @@ def test_adapters_inside_a_larger_model(tiny_llama: Build) -> None:
         (AdapterConfig(target_modules=r".*layers\.0.*"), "only nn.Linear can be adapted"),
     ],
 )
-def test_errors_leave_the_model_unchanged(tiny_llama: Build, config: AdapterConfig, message: str) -> None:
+def test_errors_leave_the_model_unchanged(config: AdapterConfig, message: str) -> None:
     model = tiny_llama()
     before = dict(model.named_modules())
     with pytest.raises(ValueError, match=message):
@@ -129,7 +126,7 @@ def test_errors_leave_the_model_unchanged(tiny_llama: Build, config: AdapterConf
     assert not hasattr(model, "adapter_config")
 
 
-def test_a_failure_half_way_leaves_the_model_unchanged(tiny_llama: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_half_way_leaves_the_model_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     class OutOfMemory(DoRALinear):
         made = 0
 

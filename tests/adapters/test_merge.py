@@ -7,12 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
 
 from dora_lightning.adapters import AdapterConfig, adapter_layers, inject_adapters, merge_adapters, unmerge_adapters
-from tests.adapters.perturbed import assert_close, perturb
+from tests.adapters.perturbed import assert_close, perturb, tiny_llama
 
-Build = Callable[..., LlamaForCausalLM]
 IDS = torch.arange(16)[None]
 
 CONFIGS = [
@@ -36,7 +34,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["dora", "lora", "magnitude", "norm_axis=in"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unmerge_restores_bit_for_bit(tiny_llama: Build, config: AdapterConfig, dtype: torch.dtype) -> None:
+def test_unmerge_restores_bit_for_bit(config: AdapterConfig, dtype: torch.dtype) -> None:
     model = trained(tiny_llama().to(dtype), config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     parameters = dict(model.named_parameters())
@@ -54,7 +52,7 @@ def parameters_of_base(state: dict[str, torch.Tensor]) -> torch.Tensor:
     return state["model.layers.0.self_attn.q_proj.base_layer.weight"]
 
 
-def test_merging_twice_is_merging_once(tiny_llama: Build) -> None:
+def test_merging_twice_is_merging_once() -> None:
     model = trained(tiny_llama(), CONFIGS[0])
     merge_adapters(model)
     once = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -63,7 +61,7 @@ def test_merging_twice_is_merging_once(tiny_llama: Build) -> None:
     unmerge_adapters(unmerge_adapters(model))
 
 
-def test_training_while_merged_is_refused(tiny_llama: Build) -> None:
+def test_training_while_merged_is_refused() -> None:
     model = merge_adapters(trained(tiny_llama(), CONFIGS[0]).train())
     with pytest.raises(RuntimeError, match="call unmerge_adapters"):
         model(IDS)
@@ -71,14 +69,14 @@ def test_training_while_merged_is_refused(tiny_llama: Build) -> None:
     unmerge_adapters(model)(IDS).logits.sum().backward()
 
 
-def test_cast_while_merged_reaches_the_kept_weight(tiny_llama: Build) -> None:
+def test_cast_while_merged_reaches_the_kept_weight() -> None:
     model = merge_adapters(trained(tiny_llama(), CONFIGS[0])).double()
     unmerge_adapters(model)
     assert {layer.weight.dtype for _, layer in adapter_layers(model)} == {torch.float64}
     logits(model)
 
 
-def test_unload_leaves_the_plain_model(tiny_llama: Build) -> None:
+def test_unload_leaves_the_plain_model() -> None:
     plain = tiny_llama()
     names = {name: type(module) for name, module in plain.named_modules()}
     model = trained(plain, CONFIGS[0])
@@ -93,7 +91,7 @@ def test_unload_leaves_the_plain_model(tiny_llama: Build) -> None:
     inject_adapters(model, CONFIGS[1])  # a new adapter may follow
 
 
-def test_unload_of_a_merged_model(tiny_llama: Build) -> None:
+def test_unload_of_a_merged_model() -> None:
     model = trained(tiny_llama(), CONFIGS[0])
     expected = logits(model)
     merge_adapters(merge_adapters(model), unload=True)
@@ -101,7 +99,7 @@ def test_unload_of_a_merged_model(tiny_llama: Build) -> None:
     assert_close(logits(model), expected, 1e-5)
 
 
-def test_an_embedding_tied_to_an_adapted_head_is_left_alone(tiny_llama: Build) -> None:
+def test_an_embedding_tied_to_an_adapted_head_is_left_alone() -> None:
     model = trained(tiny_llama(tied=True), AdapterConfig(rank=4, target_modules=["lm_head", "q_proj"]))
     embedding = model.model.embed_tokens.weight
     assert model.lm_head.weight is embedding
