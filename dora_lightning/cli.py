@@ -17,6 +17,7 @@ from typing import Any
 from jsonargparse import auto_cli
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
@@ -101,13 +102,22 @@ class DoRACLI(LightningCLI):
         """Do not let hyperparameters of a checkpoint override the config and the command line."""
 
     def before_instantiate_classes(self) -> None:
-        """Choose the run's folder, for a new run or the one to go on with."""
+        """Look at the checkpoint before anything is loaded."""
         if self.subcommand is None:
             return
         config = self.config[self.subcommand]
         _check_checkpoint_file(config.ckpt_path)
         if config.weights_only is None:
             config.weights_only = True  # nothing is unpickled, unless asked for
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Choose the run's folder, for a new run or the one to go on with.
+
+        Here and not in the config, so that the config saved beside the run can be run again.
+        """
+        if self.subcommand is None:
+            return super().instantiate_trainer(**kwargs)
+        config = self.config_init[self.subcommand]
         root = Path(config.trainer.default_root_dir or "runs")
         version = next_version(root)
         resume = self.subcommand == "fit" and config.resume and config.ckpt_path is None
@@ -116,8 +126,8 @@ class DoRACLI(LightningCLI):
             config.ckpt_path = str(checkpoint)
             rank_zero_info(f"Resuming the interrupted run {checkpoint.parent.parent}; --resume false starts a new one")
         if config.trainer.logger in (None, True):
-            config.trainer.logger = _loggers(root, version)
-            config.trainer.default_root_dir = str(root)
+            kwargs |= {"logger": _loggers(root, version), "default_root_dir": str(root)}
+        return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
         """Evaluate the model as it is, unless the run that goes on has done so."""
@@ -162,20 +172,11 @@ def _check_checkpoint_file(path: str | None) -> None:
         raise ValueError(f"{path} could not be read as a checkpoint: it is corrupt or was cut short")
 
 
-def _loggers(root: Path, version: int) -> list[dict[str, Any]]:
+def _loggers(root: Path, version: int) -> list[Logger]:
     """TensorBoard and CSV logs. A run that goes on gets another CSV file, since Lightning would empty the first."""
     folder = root / f"version_{version}"
     table = next(name for number in count() if not (folder / (name := f"metrics_{number}")).exists())
-    return [
-        {
-            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-            "init_args": {"save_dir": str(root), "name": "", "version": version},
-        },
-        {
-            "class_path": "lightning.pytorch.loggers.CSVLogger",
-            "init_args": {"save_dir": str(root), "name": folder.name, "version": table},
-        },
-    ]
+    return [TensorBoardLogger(str(root), name="", version=version), CSVLogger(str(root), folder.name, table)]
 
 
 def _comparison(before: dict[str, float], after: dict[str, float]) -> Table:
@@ -216,7 +217,9 @@ def _run(args: list[str] | None) -> None:
     sys.path.insert(0, os.getcwd())
     verb = given[0] if given else "--help"
     if verb in OFFLINE_VERBS:
-        auto_cli(OFFLINE_VERBS[verb], args=given[1:], prog=f"dora-lightning {verb}", as_positional=True)
+        auto_cli(
+            OFFLINE_VERBS[verb], args=given[1:], prog=f"dora-lightning {verb}", as_positional=True, allow_abbrev=False
+        )
     elif verb in TRAINER_VERBS:
         for recipes in ("datamodules", "tasks"):
             # importing them makes their classes known by their short names; elsewhere there need be none
@@ -242,6 +245,7 @@ def _quiet() -> None:
     """Leave out advertisements and the deprecation warnings of others that a user cannot act on."""
     warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated")
     warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", "The dirpath has changed from .* Only `best_model_path` will be reloaded")
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()

@@ -1,0 +1,495 @@
+"""The dora-lightning command: run folders, resuming, overrides, help, and one clear error for bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import MakeLlama, boolq_row, write_rows
+
+ROOT = Path(__file__).parents[1]
+RunCLI = Callable[..., None]
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunCLI:
+    """Runs the command in this process, in an empty folder."""
+    from dora_lightning.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    monkeypatch.setattr(sys, "argv", ["dora-lightning"])
+    monkeypatch.delenv("DORA_LIGHTNING_TRACEBACK", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what LightningCLI calls
+
+    def run(*args: object) -> None:
+        main([str(arg) for arg in args])
+
+    return run
+
+
+@pytest.fixture
+def config(tiny_llama: Path, commonsense_folder: Path, tmp_path: Path) -> Path:
+    """A config file for ten steps on the tiny model, with a checkpoint every two."""
+    content = {
+        "seed_everything": 1,
+        "resume": True,
+        "model": {
+            "class_path": "dora_lightning.backbones.DoRALlama",
+            "init_args": {
+                "model_name_or_path": str(tiny_llama),
+                "adapter": {"method": "dora", "rank": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+                "lr_scheduler": {"class_path": "dora_lightning.training.WarmupDecay", "init_args": {"warmup": 2}},
+                "task": {"class_path": "tasks.CommonsenseQA", "init_args": {"judge": "both", "max_new_tokens": 4}},
+            },
+        },
+        "data": {
+            "class_path": "datamodules.CommonsenseDataModule",
+            "init_args": {"data_dir": str(commonsense_folder), "val_size": 8, "batch_size": 4, "template": "plain"},
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 1,
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": 0,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": "runs",
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"save_last": True, "save_top_k": 0, "every_n_train_steps": 2},
+                }
+            ],
+        },
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture
+def fitted(run_cli: RunCLI, config: Path, tmp_path: Path) -> Path:
+    """The run folder of a finished fit."""
+    run_cli("fit", "--config", config)
+    return tmp_path / "runs" / "version_0"
+
+
+def checkpoint_of(run: Path) -> Path:
+    return run / "checkpoints" / "last.ckpt"
+
+
+def read_losses(run: Path) -> list[str]:
+    """The logged training losses, over the parts of a run that was resumed."""
+    rows: dict[int, str] = {}
+    for table in sorted(run.glob("metrics_*/metrics.csv")):
+        lines = [line.split(",") for line in table.read_text().splitlines()]
+        header = lines[0]
+        for line in lines[1:]:
+            if line[header.index("train/loss")]:
+                rows[int(line[header.index("step")])] = line[header.index("train/loss")]
+    return [rows[step] for step in sorted(rows)]
+
+
+def fails(run_cli: RunCLI, capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """Message of a run that must end with one error and exit code 1."""
+    with pytest.raises(SystemExit) as caught:
+        run_cli(*args)
+    # the interpreter prints a text to standard error and exits with 1
+    assert isinstance(caught.value.code, str)
+    assert caught.value.code.startswith("dora-lightning: error: ")
+    assert "Traceback" not in caught.value.code + capsys.readouterr().err
+    return caught.value.code.removeprefix("dora-lightning: error: ")
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+def test_fit_leaves_a_run_folder_and_the_next_makes_another(
+    run_cli: RunCLI, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_cli("fit", "--config", config)
+    fitted = tmp_path / "runs/version_0"
+    result = json.loads((fitted / "result.json").read_text())
+    assert result["steps"] == 10
+    assert result["after"]["val/loss"] > 0
+    assert (fitted / "config.yaml").is_file()
+    assert list(fitted.glob("events.out.tfevents.*"))
+    assert len(read_losses(fitted)) == 10
+    assert "Run folder: runs/version_0" in capsys.readouterr().out
+    run_cli("fit", "--config", config)
+    second = fitted.with_name("version_1")
+    assert read_losses(second) == read_losses(fitted)
+    assert json.loads((second / "result.json").read_text()) == result
+
+
+def test_the_saved_config_repeats_the_run(fitted: Path, run_cli: RunCLI) -> None:
+    run_cli("fit", "--config", fitted / "config.yaml")
+    assert read_losses(fitted.with_name("version_1")) == read_losses(fitted)
+
+
+def test_evaluation_before_and_after(
+    run_cli: RunCLI, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_cli("fit", "--config", config, "--evaluate_before", "true", "--model.init_args.judge_in_validation", "true")
+    result = json.loads((tmp_path / "runs/version_0/result.json").read_text())
+    assert result["before"] == json.loads((tmp_path / "runs/version_0/before.json").read_text())
+    assert result["after"]["val/loss"] < result["before"]["val/loss"]
+    out = capsys.readouterr().out
+    assert "Held-out results before -> after" in out
+    for source in ("boolq", "mean"):
+        old, new = (100 * result[when][f"val/{source}/ranking"] for when in ("before", "after"))
+        assert f"{old:.1f} -> {new:.1f}" in out
+    assert f"loss {result['before']['val/loss']:.3f} -> {result['after']['val/loss']:.3f}" in out
+
+
+class KilledError(RuntimeError):
+    pass
+
+
+def test_an_interrupted_run_resumes_to_the_same_numbers(
+    fitted: Path, run_cli: RunCLI, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dora_lightning.backbones import DoRALlama
+
+    root = config.parent / "again"
+    root_option = ("--trainer.default_root_dir", root)
+    step = DoRALlama.training_step
+
+    def killed(self: Any, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 7:
+            raise KilledError
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DoRALlama, "training_step", killed)
+        # a bug is no bad input: its traceback is shown
+        with pytest.raises(KilledError):
+            run_cli("fit", "--config", config, *root_option)
+    assert not (root / "version_0" / "result.json").exists()
+    # a start that fails, and a test of what there is, come between
+    with pytest.raises(SystemExit):
+        run_cli(
+            "fit",
+            "--config",
+            config,
+            *root_option,
+            "--model.init_args.adapter.target_modules",
+            "[none]",
+            "--resume=false",
+        )
+    run_cli("test", "--config", config, *root_option, "--ckpt_path", checkpoint_of(root / "version_0"))
+    run_cli("fit", "--config", config, *root_option)
+    assert read_losses(root / "version_0") == read_losses(fitted)
+    assert len(list((root / "version_0").glob("metrics_*"))) == 2
+    expected = json.loads((fitted / "result.json").read_text())
+    assert json.loads((root / "version_0" / "result.json").read_text()) == expected
+    weights = [torch.load(checkpoint_of(run), weights_only=True)["state_dict"] for run in (fitted, root / "version_0")]
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
+
+
+def test_resume_false_starts_anew(fitted: Path, run_cli: RunCLI, config: Path) -> None:
+    (fitted / "result.json").unlink()
+    run_cli("fit", "--config", config, "--resume", "false")
+    assert (fitted.with_name("version_1") / "result.json").is_file()
+    assert not (fitted / "result.json").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_outright_resumes(fitted: Path, config: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dora_lightning.cli", "fit", "--config", str(config)]
+    command += ["--trainer.default_root_dir", "killed", "--trainer.max_epochs", "30"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    options: Any = {"cwd": tmp_path, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **options)
+    last = tmp_path / "killed/version_0/checkpoints/last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed/version_0/result.json").exists()
+    assert subprocess.run(command, check=False, **options).returncode == 0
+    command[command.index("killed")] = "whole"
+    assert subprocess.run(command, check=False, **options).returncode == 0
+    runs = [tmp_path / name / "version_0" for name in ("killed", "whole")]
+    assert len(list(runs[0].glob("metrics_*"))) == 2
+    assert json.loads((runs[0] / "result.json").read_text()) == json.loads((runs[1] / "result.json").read_text())
+
+
+@pytest.mark.slow
+def test_two_processes(config: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dora_lightning.cli"]
+    options: Any = {
+        "cwd": tmp_path,
+        "env": {**os.environ, "PYTHONPATH": str(ROOT)},
+        "capture_output": True,
+        "text": True,
+    }
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    done = subprocess.run(
+        [*command, "fit", "--config", str(config), "--evaluate_before", "true", *two],
+        check=False,
+        timeout=200,
+        **options,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = tmp_path / "runs/version_0"
+    assert json.loads((run / "result.json").read_text())["before"]["val/loss"] > 0
+    assert [path.name for path in run.parent.iterdir()] == ["version_0"]
+    # an error on every process ends them all
+    bad = ["--model.init_args.adapter.target_modules", "[none]", "--resume", "false"]
+    done = subprocess.run([*command, "fit", "--config", str(config), *two, *bad], check=False, timeout=120, **options)
+    assert done.returncode != 0
+    assert "dora-lightning: error: target_modules: 'none' matches no module" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def test_test_prints_and_writes_what_it_finds(
+    fitted: Path, run_cli: RunCLI, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    run_cli("test", "--config", fitted / "config.yaml", "--ckpt_path", checkpoint_of(fitted))
+    out = capsys.readouterr().out
+    assert "Accuracy (%)" in out
+    assert "ARC-Easy" in out
+    rows = (fitted.with_name("version_1") / "test_predictions.jsonl").read_text().splitlines()
+    assert len(rows) == 9
+
+
+def test_predict_writes_texts(fitted: Path, run_cli: RunCLI) -> None:
+    run_cli("predict", "--config", fitted / "config.yaml", "--ckpt_path", checkpoint_of(fitted))
+    rows = (fitted.with_name("version_1") / "predictions.jsonl").read_text().splitlines()
+    assert [sorted(json.loads(row)) for row in rows] == [["output", "prompt", "source"]] * 9
+
+
+def test_validate_reports_the_loss_of_the_fit(
+    fitted: Path, run_cli: RunCLI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    run_cli("validate", "--config", fitted / "config.yaml", "--ckpt_path", checkpoint_of(fitted))
+    loss = json.loads((fitted / "result.json").read_text())["after"]["val/loss"]
+    assert f"{loss:.4f}"[:5] in capsys.readouterr().out
+
+
+def test_a_rate_given_beside_a_checkpoint_wins(
+    fitted: Path, run_cli: RunCLI, config: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        run_cli(
+            "fit",
+            *("--config", config),
+            *("--ckpt_path", checkpoint_of(fitted)),
+            *("--trainer.max_epochs", "2"),
+            *("--model.init_args.optimizer.init_args.lr", "0.02"),
+        )
+    assert "The config overrides the checkpoint: lora_B.lr: 0.02 (checkpoint: 0.01)" in caplog.text
+    checkpoint = torch.load(checkpoint_of(fitted.with_name("version_1")), weights_only=True)
+    assert checkpoint["global_step"] == 20
+    assert {group["initial_lr"] for group in checkpoint["optimizer_states"][0]["param_groups"]} == {0.02}
+
+
+# Help ----------------------------------------------------------------------------------------------------------------
+
+
+def help_of(run_cli: RunCLI, capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        run_cli(*args)
+    assert caught.value.code in (0, None)
+    return capsys.readouterr().out
+
+
+def test_print_config_is_a_config(run_cli: RunCLI, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = yaml.safe_load(help_of(run_cli, capsys, "fit", "--config", str(config), "--print_config"))
+    assert printed["model"]["init_args"]["adapter"]["rank"] == 4
+    assert printed["model"]["init_args"]["adapter"]["dropout"] == 0.0
+    model = printed["model"]["init_args"]["model_name_or_path"]
+    assert printed["data"]["init_args"].get("tokenizer", model) == model
+
+
+def undocumented(text: str) -> list[str]:
+    """Options of a help text that say nothing but their type."""
+    blocks: list[list[str]] = []
+    for line in text.splitlines():
+        if line.startswith("  ") and line.strip().startswith("--"):
+            blocks.append([line.strip()])
+        elif blocks and line.startswith("   "):
+            blocks[-1].append(line.strip())
+        elif line.strip():
+            blocks.append(["--section", "documented"]) if blocks else None
+    bare = []
+    for block in blocks:
+        name, _, rest = " ".join(block).partition("  ")
+        rest = " ".join([rest, *block[1:]]).strip()
+        if not rest or rest.startswith(("(type:", "(required", "(default:", "(known")):
+            bare.append(name)
+    return bare
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("fit", "--help"),
+        ("test", "--help"),
+        ("fit", "--model.help", "dora_lightning.backbones.DoRALlama"),
+        ("fit", "--data.help", "datamodules.CommonsenseDataModule"),
+        ("fit", "--data.help", "datamodules.EverydayDataModule"),
+        ("merge", "--help"),
+        ("generate", "--help"),
+    ],
+)
+def test_every_option_has_a_help_text(
+    run_cli: RunCLI, capsys: pytest.CaptureFixture[str], args: tuple[str, ...]
+) -> None:
+    text = help_of(run_cli, capsys, *args)
+    assert text.count("--") > 5
+    assert undocumented(text) == []
+
+
+def test_help_lists_the_verbs(run_cli: RunCLI, capsys: pytest.CaptureFixture[str]) -> None:
+    for args in ([], ["--help"], ["-h"]):
+        run_cli(*args)
+        out = capsys.readouterr().out
+        for verb in ("fit", "validate", "test", "predict", "merge", "generate"):
+            assert f"\n  {verb}" in out
+    run_cli("--version")
+    assert capsys.readouterr().out.strip()
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+TASK = "data/boolq/train.json"
+
+
+def write_data(tmp_path: Path, text: str | None) -> None:
+    write_rows(tmp_path / TASK, [boolq_row(number) for number in range(12)])
+    write_rows(tmp_path / "data/boolq/test.json", [boolq_row(100)])
+    if text is None:
+        (tmp_path / TASK).unlink()
+    else:
+        (tmp_path / TASK).write_text(text)
+
+
+NO_ANSWER = json.dumps([boolq_row(0), {k: v for k, v in boolq_row(1).items() if k != "answer"}])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "data/boolq/train.json: no such file"),
+        ("", "data/boolq/train.json: the file is empty"),
+        ('{"instruction": "a"}\n{"instruc', "data/boolq/train.json, line 1: field"),
+        (json.dumps(boolq_row(0)) + '\n{"instruc', "data/boolq/train.json, line 2: broken JSON at column"),
+        ("[" + json.dumps(boolq_row(0)) + ', {"instr', "data/boolq/train.json: broken JSON at line 1"),
+        (NO_ANSWER, "data/boolq/train.json, row 2: field 'answer' is missing"),
+    ],
+)
+def test_bad_data(
+    run_cli: RunCLI,
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    text: str | None,
+    message: str,
+) -> None:
+    write_data(tmp_path, text)
+    data = ["--data.init_args.data_dir", "data", "--data.init_args.train_tasks", "[boolq]"]
+    assert message in fails(run_cli, capsys, "fit", "--config", config, *data)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.init_args.train_tasks", "[boolqq]"], "unknown task 'boolqq'. Did you mean 'boolq'?"),
+        (["--data.init_args.data_dir", "nowhere"], "data_dir nowhere is not a folder"),
+        (["--model.init_args.adapter.rank", "0"], "rank must be a whole number of at least 1, got 0"),
+        (["--model.init_args.adapter.target_modules", "[q_prj]"], "'q_prj' matches no module. Did you mean 'q_proj'?"),
+        (["--model.init_args.model_name_or_path", "./nowhere"], "no model folder at nowhere"),
+        (["--ckpt_path", "none.ckpt"], "none.ckpt"),
+        (["--trainer.accelerator", "warp"], "accelerator"),
+    ],
+)
+def test_bad_options(
+    run_cli: RunCLI, config: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    found = fails(run_cli, capsys, "fit", "--config", config, *options)
+    assert message in found
+    assert "Union" not in found
+
+
+def test_bad_checkpoints(
+    fitted: Path, run_cli: RunCLI, make_llama: MakeLlama, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = checkpoint_of(fitted).read_bytes()
+    (tmp_path / "half.ckpt").write_bytes(content[: len(content) // 2])
+    test = ["test", "--config", fitted / "config.yaml"]
+    assert "half.ckpt could not be read as a checkpoint" in fails(run_cli, capsys, *test, "--ckpt_path", "half.ckpt")
+    other = make_llama(seed=1)
+    change = ["--model.init_args.model_name_or_path", other]
+    wrong = "the checkpoint was trained on another base model"
+    assert wrong in fails(run_cli, capsys, *test, *change, "--ckpt_path", checkpoint_of(fitted))
+    assert wrong in fails(run_cli, capsys, "merge", checkpoint_of(fitted), "merged", "--base", other)
+    assert "half.ckpt could not be read" in fails(run_cli, capsys, "merge", "half.ckpt", "merged")
+    assert "no checkpoint file at none.ckpt" in fails(run_cli, capsys, "merge", "none.ckpt", "merged")
+    assert "half.ckpt could not be read" in fails(run_cli, capsys, "generate", "half.ckpt", "--prompt", "hi")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("fit", "--trainer.max_epoch", "3"),  # a beginning of max_epochs
+        ("fit", "--trainer.max_epochz", "3"),
+        ("fit", "--model.init_args.adapter.ranks", "3"),
+        ("fit", "--data.init_args.batchsize", "3"),
+        ("merge", "a.ckpt", "out", "--overwrit", "true"),
+        ("generate", "model", "--propmt", "hi"),
+    ],
+)
+def test_a_typo_in_an_option_is_fatal(
+    run_cli: RunCLI, config: Path, capsys: pytest.CaptureFixture[str], args: tuple[str, ...]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_cli(*args, *(["--config", config] if args[0] == "fit" else []))
+    assert caught.value.code == 2
+    assert args[-2].rpartition(".")[2].lstrip("-") in capsys.readouterr().err
+
+
+def test_a_typo_in_a_config_file_is_fatal(run_cli: RunCLI, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text(config.read_text().replace("max_epochs", "max_epoch"))
+    with pytest.raises(SystemExit) as caught:
+        run_cli("fit", "--config", config)
+    assert caught.value.code == 2
+    assert "max_epoch" in capsys.readouterr().err
+
+
+def test_an_unknown_verb(run_cli: RunCLI) -> None:
+    with pytest.raises(SystemExit, match="unknown verb 'fti'"):
+        run_cli("fti")
+
+
+def test_the_traceback_can_be_had(run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DORA_LIGHTNING_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint file at none\.ckpt"):
+        run_cli("merge", "none.ckpt", "merged")
+
+
+def test_an_error_names_its_process(run_cli: RunCLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit, match="dora-lightning: error in process 1: no checkpoint file"):
+        run_cli("merge", "none.ckpt", "merged")
