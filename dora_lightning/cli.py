@@ -150,7 +150,8 @@ class DoRACLI(LightningCLI):
         if before is not None:
             Console().print(_comparison(before, after))
         write_result(folder, RESULT_FILE, {"steps": self.trainer.global_step, "before": before, "after": after})
-        Console().print(f"Run folder: {folder}" + (f"\nAdapter checkpoint: {saved}" if saved else ""), highlight=False)
+        lines = f"Run folder: {folder}" + (f"\nAdapter checkpoint: {saved}" if saved else "")
+        Console().print(lines, markup=False, highlight=False, soft_wrap=True)
 
     def _run_folder(self) -> Path | None:
         log_dir = self.trainer.log_dir  # asks the first process: to be called on every one

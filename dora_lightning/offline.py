@@ -35,7 +35,7 @@ def merge(checkpoint: str, output: str, base: str | None = None, overwrite: bool
     """
     adapter = read_adapter_checkpoint(checkpoint)
     folder = merge_to_folder(base or adapter.base["name"], adapter, output, overwrite)
-    Console().print(f"Merged model: {folder}", highlight=False)
+    Console().print(f"Merged model: {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
 def generate(
@@ -124,12 +124,14 @@ def _read_prompts(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"no file of prompts at {path}")
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         if path.suffix == ".jsonl":
             try:
                 line = json.loads(line)["prompt"]
+                if not isinstance(line, str):
+                    raise TypeError(f"expected text, found {line!r}")
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(f'{path}, line {number}: expected a JSON object with a field "prompt"') from error
         found.append(line)
@@ -159,5 +161,5 @@ def _chat(answer: Callable[[Sequence[str]], list[str]], tokenizer: PreTrainedTok
             return
         messages.append({"role": "user", "content": text})
         reply = answer([_fill(template, messages, tokenizer)])[0].strip()
-        console.print(reply, markup=False, highlight=False)
+        console.print(reply, markup=False, emoji=False, highlight=False, soft_wrap=True)
         messages.append({"role": "assistant", "content": reply})

@@ -208,7 +208,7 @@ def test_resume_false_starts_anew(fitted: Path, run_cli: RunCLI, config: Path) -
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_outright_resumes(fitted: Path, config: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dora_lightning.cli", "fit", "--config", str(config)]
+    command = [sys.executable, "-m", "dora_lightning", "fit", "--config", str(config)]
     command += ["--trainer.default_root_dir", "killed", "--trainer.max_epochs", "30"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     options: Any = {"cwd": tmp_path, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -230,7 +230,7 @@ def test_a_run_that_was_killed_outright_resumes(fitted: Path, config: Path, tmp_
 
 @pytest.mark.slow
 def test_two_processes(config: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dora_lightning.cli"]
+    command = [sys.executable, "-m", "dora_lightning"]
     options: Any = {
         "cwd": tmp_path,
         "env": {**os.environ, "PYTHONPATH": str(ROOT)},

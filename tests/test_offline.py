@@ -1,0 +1,194 @@
+"""merge and generate: an adapter and its merged model give the same texts, from a prompt, a file, or a chat."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeBackbone, MakeTrainer, perturb_adapters
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dora_lightning import offline
+from dora_lightning.offline import generate, merge
+
+PROMPTS = ["is it cold or hot?", "what has many words, größe and 大小?", "Please choose the correct answer"]
+
+
+@pytest.fixture
+def adapter(make_backbone: MakeBackbone, make_trainer: MakeTrainer, tmp_path: Path) -> str:
+    """A checkpoint of an adapter."""
+    module = make_backbone()
+    module.configure_model()
+    perturb_adapters(module)
+    trainer = make_trainer()
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "adapter.ckpt")
+    return str(tmp_path / "adapter.ckpt")
+
+
+@pytest.fixture
+def merged(adapter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    merge(adapter, str(tmp_path / "merged"))
+    assert f"Merged model: {tmp_path / 'merged'}" in capsys.readouterr().out
+    return str(tmp_path / "merged")
+
+
+def lines(text: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_one_prompt_by_the_chat_template(
+    adapter: str, merged: str, capsys: pytest.CaptureFixture[str], tiny_llama: Path
+) -> None:
+    capsys.readouterr()
+    outputs = []
+    for model in (adapter, merged):
+        generate(model, prompt=PROMPTS[0], max_new_tokens=12)
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    # by transformers alone
+    tokenizer, network = AutoTokenizer.from_pretrained(merged), AutoModelForCausalLM.from_pretrained(merged)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPTS[0]}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    written = network.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert outputs[0].strip() == tokenizer.decode(written, skip_special_tokens=True).strip()
+    generate(str(tiny_llama), prompt=PROMPTS[0], max_new_tokens=12)
+    assert capsys.readouterr().out != outputs[0]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_a_file_of_prompts(
+    adapter: str, merged: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, batch_size: int
+) -> None:
+    path = tmp_path / f"prompts.{kind}"
+    rows = [json.dumps({"prompt": prompt, "more": 1}) for prompt in PROMPTS] if kind == "jsonl" else PROMPTS
+    path.write_text("\n\n".join(rows) + "\n", encoding="utf-8")
+    capsys.readouterr()
+    expected = []
+    for prompt in PROMPTS:
+        generate(adapter, prompt=prompt, template="none", max_new_tokens=6)
+        expected.append(capsys.readouterr().out.strip())
+    generate(merged, prompts=str(path), template="none", max_new_tokens=6, batch_size=batch_size)
+    answers = lines(capsys.readouterr().out)
+    assert [answer["prompt"] for answer in answers] == PROMPTS
+    assert [answer["output"].strip() for answer in answers] == expected
+    generate(adapter, prompts=str(path), template="none", max_new_tokens=6, output=str(tmp_path / "out.jsonl"))
+    assert capsys.readouterr().out == ""
+    assert lines((tmp_path / "out.jsonl").read_text(encoding="utf-8")) == answers
+
+
+def test_a_template_of_ones_own(merged: str, capsys: pytest.CaptureFixture[str]) -> None:
+    generate(merged, prompt="hot", template="Question: {prompt}?\nAnswer:", max_new_tokens=6)
+    templated = capsys.readouterr().out
+    generate(merged, prompt="Question: hot?\nAnswer:", template="none", max_new_tokens=6)
+    assert capsys.readouterr().out == templated
+
+
+def test_beams_and_sampling(merged: str, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = []
+    for options in ({}, {"num_beams": 4}, {"temperature": 3.0}):
+        torch.manual_seed(0)
+        generate(merged, prompt="hot", max_new_tokens=12, **options)
+        outputs.append(capsys.readouterr().out)
+    assert len(set(outputs)) == 3
+
+
+def test_a_chat_remembers(
+    adapter: str, merged: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    generate_texts = offline.generate_texts
+
+    def note(model: Any, tokenizer: Any, prompts: list[str], **options: Any) -> list[str]:
+        seen.extend(prompts)
+        return generate_texts(model, tokenizer, prompts, **options)
+
+    monkeypatch.setattr(offline, "generate_texts", note)
+    capsys.readouterr()
+    outputs = []
+    for model in (adapter, merged):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("is it hot?\nis it cold?\n\nnever read\n"))
+        generate(model, max_new_tokens=5)
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    first, second = seen[:2]
+    assert first == "<s>user: is it hot?</s><s>assistant:"
+    assert second.startswith("<s>user: is it hot?</s><s>assistant: ")
+    assert second.endswith("</s><s>user: is it cold?</s><s>assistant:")
+    assert seen[2:] == seen[:2]
+
+
+def test_a_chat_ends_with_the_input(merged: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("is it hot?\n"))
+    generate(merged, max_new_tokens=3)
+
+
+def test_texts_that_look_like_markup_are_printed_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, merged: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(offline, "generate_texts", lambda *_, **__: ["[bold]an [/answer] :smile:"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+    generate(merged)
+    assert "[bold]an [/answer] :smile:" in capsys.readouterr().out
+
+
+def test_merge_refuses_and_overwrites(adapter: str, merged: str) -> None:
+    with pytest.raises(FileExistsError, match="exists; choose another folder or pass overwrite"):
+        merge(adapter, merged)
+    (Path(merged) / "old.txt").touch()
+    merge(adapter, merged, overwrite=True)
+    assert not (Path(merged) / "old.txt").exists()
+
+
+def test_a_base_that_moved(adapter: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = torch.load(adapter, weights_only=True)
+    content["dora_lightning"]["base"]["name"] = content["hyper_parameters"]["model_name_or_path"] = "./gone"
+    torch.save(content, adapter)
+    with pytest.raises(FileNotFoundError, match="no model folder at gone"):
+        merge(adapter, str(tmp_path / "merged"))
+    merge(adapter, str(tmp_path / "merged"), base=str(tiny_llama))
+    capsys.readouterr()
+    generate(adapter, prompt="hot", base=str(tiny_llama), max_new_tokens=5)
+    expected = capsys.readouterr().out
+    generate(str(tmp_path / "merged"), prompt="hot", max_new_tokens=5)
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": "a", "prompts": "b"}, "not both"),
+        ({"prompt": "a", "template": "no place"}, r"template must be 'chat', 'none' or a text that contains {prompt}"),
+        ({"prompt": "a", "base": "b"}, r"base belongs to an adapter checkpoint"),
+        ({"prompts": "none.txt"}, r"no file of prompts at none\.txt"),
+    ],
+)
+def test_bad_arguments(tiny_llama: Path, options: dict[str, str], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        generate(str(tiny_llama), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", "\n \n", "holds no prompt"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt', r"line 2: expected a JSON object with a field"),
+        ("p.jsonl", '{"text": "a"}', r"line 1: expected a JSON object with a field"),
+        ("p.jsonl", '["prompt"]', r"line 1: expected a JSON object with a field"),
+        ("p.jsonl", '{"prompt": 3}', r"line 1: expected a JSON object with a field"),
+    ],
+)
+def test_bad_files_of_prompts(tiny_llama: Path, tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        generate(str(tiny_llama), prompts=str(tmp_path / name))
+
+
+def test_a_model_without_a_chat_template_says_what_to_do(untied_llama: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no chat template; choose --template none"):
+        generate(str(untied_llama), prompt="hi")
