@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import MakeLlama, boolq_row, write_rows
+from tiny import MakeLlama, boolq_row, write_rows
 
 ROOT = Path(__file__).parents[1]
 RunCLI = Callable[..., None]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeBackbone, MakeTrainer, perturb_adapters
+from tiny import MakeBackbone, MakeTrainer, perturb_adapters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dora_lightning import offline

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeLlama
+from tiny import MakeLlama
 
 from dora_lightning import pretrained
 from dora_lightning.pretrained import cache_folder, load_causal_lm, load_tokenizer, resolve_pretrained

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MakeLlama, perturb_adapters
+from tiny import MakeLlama, perturb_adapters
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dora_lightning import AdapterConfig, inject_adapters

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeBackbone, MakeData, MakeLlama, MakeTrainer, perturb_adapters
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny import MakeBackbone, MakeData, MakeLlama, MakeTrainer, perturb_adapters
 from transformers import LlamaForCausalLM
 
 from dora_lightning import merge_adapters

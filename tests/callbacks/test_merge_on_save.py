@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeBackbone, MakeData, MakeTrainer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny import MakeBackbone, MakeData, MakeTrainer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from dora_lightning import AdapterConfig, inject_adapters

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeBackbone, MakeData, MakeTrainer, perturb_adapters
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny import MakeBackbone, MakeData, MakeTrainer, perturb_adapters
 
 from dora_lightning.training.adapter_checkpoint import read_adapter_checkpoint
 

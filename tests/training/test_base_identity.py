@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MakeLlama
+from tiny import MakeLlama
 from transformers import LlamaForCausalLM
 
 from dora_lightning import AdapterConfig, inject_adapters

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeLlama, perturb_adapters
 from safetensors.torch import load_file
+from tiny import MakeLlama, perturb_adapters
 from transformers import LlamaForCausalLM
 
 from dora_lightning import AdapterConfig, inject_adapters, merge_adapters

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeBackbone, MakeData, MakeTrainer
 from lightning.pytorch import Callback, Trainer
+from tiny import MakeBackbone, MakeData, MakeTrainer
 from torch.optim import AdamW
 
 from dora_lightning.training import WarmupDecay
