@@ -52,6 +52,7 @@ def inject_adapters(model: nn.Module, config: AdapterConfig) -> nn.Module:
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
+    _leave_fused_paths(model)
     model.adapter_config = copy.deepcopy(config)  # type: ignore[assignment]  # nn.Module's setattr is typed for tensors and modules
     return model
 
@@ -81,6 +82,7 @@ def restrict_to_magnitude(model: nn.Module, patterns: str | list[str]) -> list[s
         if not isinstance(layer, MagnitudeLinear):
             base_layer = layer.base_layer if isinstance(layer, AdapterLayer) else layer
             _replace(model, name, "magnitude", base_layer, config)
+    _leave_fused_paths(model)
     if present is None:
         model.adapter_config = config  # type: ignore[assignment]  # nn.Module's setattr is typed for tensors and modules
     else:
@@ -124,6 +126,18 @@ def adapted_submodule(module: nn.Module) -> tuple[str, nn.Module]:
         names = ", ".join(name or "the module itself" for name, _ in found) or "none"
         raise ValueError(f"expected one model with adapters inside {type(module).__name__}, found {names}")
     return found[0]
+
+
+def _leave_fused_paths(model: nn.Module) -> None:
+    """In evaluation ``nn.TransformerEncoderLayer`` reads its linear layers' weights and never calls them."""
+    for module in model.modules():
+        if not isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+            continue
+        if any(True for _ in adapter_layers(module)):
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+            else:
+                module.activation_relu_or_gelu = 0  # its own sign for "no fused path"
 
 
 def _adapter_layer(base_layer: nn.Module, method: str, config: AdapterConfig) -> AdapterLayer:

@@ -14,6 +14,7 @@ from dora_lightning.adapters import (
     adapter_layers,
     find_targets,
     inject_adapters,
+    restrict_to_magnitude,
 )
 from dora_lightning.adapters import inject as inject_module
 from tests.adapters.perturbed import tiny_llama
@@ -154,3 +155,24 @@ def test_attention_that_never_calls_its_projection() -> None:
 def test_a_model_with_nothing_to_adapt() -> None:
     with pytest.raises(ValueError, match=r"no nn\.Linear"):
         inject_adapters(nn.Sequential(nn.ReLU()), AdapterConfig())
+
+
+@pytest.mark.parametrize("restrict", [False, True])
+def test_the_fused_path_of_torch_s_encoder_does_not_pass_adapters_by(restrict: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    if restrict:
+        restrict_to_magnitude(model, ["linear1", "linear2"])
+    else:
+        inject_adapters(model, AdapterConfig(rank=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("lora_B", "magnitude")):
+                parameter.add_(torch.rand_like(parameter))
+    x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        for mask in (None, padding):
+            seen = torch.ones(2, 5, dtype=torch.bool) if mask is None else ~mask
+            training = model.train()(x, src_key_padding_mask=mask)
+            torch.testing.assert_close(model.eval()(x, src_key_padding_mask=mask)[seen], training[seen])
