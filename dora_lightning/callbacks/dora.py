@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
 from typing_extensions import override
 
 from dora_lightning.adapters import AdapterConfig, inject_adapters
 from dora_lightning.training.adapter_run import AdapterRun
 from dora_lightning.training.build_steps import BuildStep, after_model_is_built
+from dora_lightning.training.method_hooks import after_method
+
+# the run with adapters that a module is in goes on when another Trainer takes the module over
+_RUN = "_dora_lightning_run"
 
 
 class DoRA(Callback):
@@ -64,19 +64,19 @@ class DoRA(Callback):
         )
         self.module = module
         self._run = AdapterRun()
-        self._prepared: LightningModule | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have adapters injected as soon as the model is built, at every stage, once."""
-        _check_order(trainer, self)
-        if self._prepared is pl_module:
-            return
-        self._prepared = pl_module
-        after_model_is_built(pl_module, BuildStep.INJECT, partial(self._inject, pl_module))
+        after_model_is_built(self, trainer, pl_module, BuildStep.INJECT, self._inject)
+        self._run = run = pl_module.__dict__.get(_RUN) or AdapterRun()
+        object.__setattr__(pl_module, _RUN, run)
         # callbacks' own hooks are skipped with save_weights_only=True, the module's never are
-        _extend_hook(pl_module, "on_save_checkpoint", partial(self._run.on_save_checkpoint, pl_module))
-        _extend_hook(pl_module, "on_load_checkpoint", partial(self._run.on_load_checkpoint, pl_module))
+        for name, action in (
+            ("on_save_checkpoint", run.on_save_checkpoint),
+            ("on_load_checkpoint", run.on_load_checkpoint),
+        ):
+            after_method(pl_module, name, trainer, self, lambda _, checkpoint, do=action: do(pl_module, checkpoint))
         # the base is not in the checkpoint; on_load_checkpoint does what strict loading would
         pl_module.strict_loading = False
 
@@ -92,11 +92,16 @@ class DoRA(Callback):
 
     def _inject(self, pl_module: LightningModule) -> None:
         model = _submodule(pl_module, self.module)
-        if hasattr(model, "adapter_config"):
-            return  # a second call of configure_model, or a later stage
-        inject_adapters(model, self.config)
-        name = getattr(getattr(model, "config", None), "name_or_path", None) or type(model).__qualname__
-        self._run.remember_base(model, name)
+        if self._run.injected is None:
+            inject_adapters(model, self.config)
+            name = getattr(getattr(model, "config", None), "name_or_path", None) or type(model).__qualname__
+            self._run.remember_base(model, name)
+            self._run.injected = (self.module, self.config)
+        elif self._run.injected != (self.module, self.config):
+            raise ValueError(
+                f"this {type(pl_module).__name__} has adapters of another DoRA callback already: "
+                f"{self._run.injected}, not {(self.module, self.config)}; make the module anew"
+            )
 
 
 def _submodule(pl_module: LightningModule, name: str | None) -> nn.Module:
@@ -107,22 +112,3 @@ def _submodule(pl_module: LightningModule, name: str | None) -> nn.Module:
     except AttributeError as error:
         children = ", ".join(child for child, _ in pl_module.named_children())
         raise ValueError(f"module={name!r} is not in {type(pl_module).__name__}, which has: {children}") from error
-
-
-def _extend_hook(pl_module: LightningModule, name: str, action: Any) -> None:
-    """Run ``action`` on the checkpoint after the module's own hook ``name``."""
-    original = getattr(pl_module, name)
-
-    def hook(checkpoint: dict[str, Any]) -> None:
-        original(checkpoint)
-        action(checkpoint)
-
-    object.__setattr__(pl_module, name, hook)
-
-
-def _check_order(trainer: Trainer, callback: DoRA) -> None:
-    """WeightAveraging copies the module in its ``setup``; a copy made before ours would have no adapters."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    for other in callbacks[: callbacks.index(callback)]:
-        if isinstance(other, WeightAveraging):
-            raise ValueError(f"put DoRA before {type(other).__name__} in the list of callbacks: it copies the module")

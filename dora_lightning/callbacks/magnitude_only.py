@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
@@ -28,14 +26,11 @@ class MagnitudeOnly(Callback):
 
     def __init__(self, modules: str | list[str] | None = None) -> None:
         self.modules = MLP_MODULES if modules is None else modules
-        self._prepared: LightningModule | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have the modules restricted after adapters are injected, at every stage."""
-        if self._prepared is not pl_module:
-            self._prepared = pl_module
-            after_model_is_built(pl_module, BuildStep.RESTRICT, partial(self._restrict, pl_module))
+        after_model_is_built(self, trainer, pl_module, BuildStep.RESTRICT, self._restrict)
 
     def _restrict(self, pl_module: LightningModule) -> None:
         model = _adapted_or_whole(pl_module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from dora_lightning.training.sharded_checkpoint import use_adapter_checkpoints
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_RECOMPUTED = "dora_lightning_recomputed"
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 _ALTERNATIVE = (
@@ -60,7 +61,6 @@ class ShardedTraining(Callback):
         self.blocks = blocks
         self.activation_checkpointing = activation_checkpointing
         self.reshard_after_forward = reshard_after_forward
-        self._prepared: LightningModule | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -68,21 +68,21 @@ class ShardedTraining(Callback):
         _check_strategy(trainer)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             use_adapter_checkpoints(trainer.strategy)
-        if self._prepared is not pl_module:
-            self._prepared = pl_module
-            after_model_is_built(pl_module, BuildStep.SHARD, partial(self._prepare, trainer, pl_module))
+        after_model_is_built(self, trainer, pl_module, BuildStep.SHARD, lambda module: self._prepare(trainer, module))
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if any(isinstance(module, FSDPModule) for module in pl_module.modules()):
             return  # a second call of configure_model, or a later stage
         if self.base_dtype is not None:
             cast_frozen(pl_module, self.base_dtype)
-        blocks = find_blocks(pl_module, self.blocks)
+        strategy = trainer.strategy
+        sharded = isinstance(strategy, ModelParallelStrategy)
+        blocks = find_blocks(pl_module, self.blocks) if sharded or self.activation_checkpointing else []
         if self.activation_checkpointing:
             for block in blocks:
                 checkpoint_activations(block)
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            mesh = trainer.strategy.device_mesh["data_parallel"]
+        if isinstance(strategy, ModelParallelStrategy):
+            mesh = strategy.device_mesh["data_parallel"]
             for block in blocks:
                 fully_shard(block, mesh=mesh, reshard_after_forward=self.reshard_after_forward)
             # what is outside of the blocks stays gathered from the forward to the backward pass
@@ -125,14 +125,17 @@ def find_blocks(module: nn.Module, names: list[str] | None = None) -> list[nn.Mo
 
 
 def checkpoint_activations(block: nn.Module) -> None:
-    """Recompute ``block`` in the backward pass; parameter names stay as they are."""
+    """Recompute ``block`` in the backward pass; parameter names stay as they are. A second call changes nothing."""
     forward = block.forward
+    if hasattr(forward, _RECOMPUTED):
+        return
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
+    setattr(recomputed, _RECOMPUTED, True)
     object.__setattr__(block, "forward", recomputed)
 
 

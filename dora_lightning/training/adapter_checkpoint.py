@@ -20,6 +20,8 @@ from dora_lightning.training.base_identity import check_same_base
 
 KEY = "dora_lightning"
 FORMAT_VERSION = 1
+# the second is where WeightAveraging keeps the model itself, the average being in the first
+_MODEL_STATES = ("state_dict", "current_model_state")
 
 
 @dataclass
@@ -42,7 +44,9 @@ def write_adapter_entry(
 ) -> None:
     """Reduce a Lightning checkpoint to what trains, and add the ``dora_lightning`` entry, in place."""
     frozen = _frozen_names(module)
-    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+    for states in _MODEL_STATES:
+        if states in checkpoint:
+            checkpoint[states] = {k: v for k, v in checkpoint[states].items() if k not in frozen}
     checkpoint[KEY] = {
         "format_version": FORMAT_VERSION,
         "adapter": config.to_dict(),
@@ -76,6 +80,15 @@ def check_adapter_entry(
         if present[name].shape != value.shape:
             shapes = f"has shape {tuple(present[name].shape)}, here {tuple(value.shape)}"
             raise ValueError(f"the checkpoint does not fit this model: {name} {shapes}")
+
+
+def add_frozen(checkpoint: dict[str, Any], module: nn.Module) -> None:
+    """Put the frozen tensors of ``module`` into a checkpoint that was read, for who loads it strictly, in place."""
+    frozen = _frozen_names(module)
+    base = {name: value for name, value in module.state_dict().items() if name in frozen}
+    for states in _MODEL_STATES:
+        if states in checkpoint:
+            checkpoint[states] = base | checkpoint[states]
 
 
 def read_adapter_checkpoint(path: str | Path) -> AdapterCheckpoint:

@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 from torch import nn
 
 from dora_lightning.adapters import AdapterConfig, adapted_submodule, summarize_adapters
-from dora_lightning.training.adapter_checkpoint import KEY, check_adapter_entry, write_adapter_entry
+from dora_lightning.training.adapter_checkpoint import KEY, add_frozen, check_adapter_entry, write_adapter_entry
+from dora_lightning.training.atomic_checkpoint import write_checkpoints_atomically
 from dora_lightning.training.base_identity import base_identity
 from dora_lightning.training.parameter_groups import check_optimizers
 from dora_lightning.training.report import summary_table
@@ -21,9 +23,14 @@ from dora_lightning.training.resume import apply_overrides, configured_options
 
 
 class AdapterRun:
-    """State and steps of a run with adapters, to be called from the hooks of the same names."""
+    """State and steps of a run with adapters, to be called from the hooks of the same names.
+
+    Attributes:
+        injected: what a callback put in, for it to recognise; ``None`` before, and with a backbone.
+    """
 
     def __init__(self) -> None:
+        self.injected: Any = None
         self._base: dict[str, Any] = {}
         self._configured: list[list[dict[str, Any]]] = []
         self._restored: list[list[dict[str, Any]]] = []
@@ -34,6 +41,7 @@ class AdapterRun:
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the optimisers have what trains, and print what that is."""
+        write_checkpoints_atomically(trainer.strategy)
         check_optimizers(pl_module, trainer.optimizers)
         self._configured = configured_options(trainer.optimizers)
         if trainer.is_global_zero:
@@ -42,7 +50,8 @@ class AdapterRun:
     def on_train_start(self, trainer: Trainer) -> None:
         """Let optimiser settings that changed since the checkpoint win, and say so."""
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        for change in apply_overrides(self._restored, self._configured, trainer.optimizers, schedulers):
+        restored, self._restored = self._restored, []  # a later fit need not begin with a checkpoint
+        for change in apply_overrides(restored, self._configured, trainer.optimizers, schedulers):
             rank_zero_info(f"The config overrides the checkpoint: {change}")
 
     def on_save_checkpoint(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -55,7 +64,11 @@ class AdapterRun:
         """Refuse a checkpoint of another base or adapter."""
         _, config = _adapted(pl_module)
         check_adapter_entry(checkpoint, pl_module, config, self._base)
-        self._restored = checkpoint[KEY].get("optimizer_options", [])
+        if "averaging_state" in checkpoint:
+            add_frozen(checkpoint, pl_module)  # WeightAveraging loads both of its models strictly
+        trainer = pl_module._trainer
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._restored = checkpoint[KEY].get("optimizer_options", [])
 
 
 def _adapted(pl_module: LightningModule) -> tuple[str, AdapterConfig]:

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import IntEnum
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 
-_STEPS = "_dora_lightning_build_steps"
+from dora_lightning.training.method_hooks import after_method, check_before_averaging
 
 
 class BuildStep(IntEnum):
@@ -25,21 +25,17 @@ class BuildStep(IntEnum):
     SHARD = 2
 
 
-def after_model_is_built(pl_module: LightningModule, step: BuildStep, action: Callable[[], None]) -> None:
-    """Run ``action`` whenever ``pl_module.configure_model`` has run."""
-    steps: list[tuple[BuildStep, Callable[[], None]]] | None = pl_module.__dict__.get(_STEPS)
-    if steps is None:
-        steps = []
-        object.__setattr__(pl_module, _STEPS, steps)
-        object.__setattr__(pl_module, "configure_model", _wrap(pl_module.configure_model, steps))
-    steps.append((step, action))
-    steps.sort(key=lambda entry: entry[0])
+def after_model_is_built(
+    callback: Callback,
+    trainer: Trainer,
+    pl_module: LightningModule,
+    step: BuildStep,
+    action: Callable[[LightningModule], None],
+) -> None:
+    """Run ``action(pl_module)`` whenever ``pl_module.configure_model`` has run; to be called in ``callback.setup``.
 
-
-def _wrap(build: Callable[[], None], steps: list[tuple[BuildStep, Callable[[], None]]]) -> Callable[[], None]:
-    def configure_model() -> None:
-        build()
-        for _, action in steps:
-            action()
-
-    return configure_model
+    Raises:
+        ValueError: ``callback`` comes after a WeightAveraging, which has copied the module by then.
+    """
+    check_before_averaging(trainer, callback)
+    after_method(pl_module, "configure_model", trainer, callback, lambda _: action(pl_module), step)
