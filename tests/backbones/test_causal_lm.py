@@ -132,6 +132,16 @@ def test_tokens_that_straddle_the_border_are_those_of_the_text(
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_an_empty_option_has_a_token_to_score_too(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    # the prompt's last token is then scored with every option, which leaves their order as it is
+    texts = ("", " hot", " hot or cold")
+    (scores,) = option_log_likelihoods(model, tokenizer, [PROMPTS[0]], [texts])
+    start = len(tokenizer(PROMPTS[0]).input_ids)
+    full = [tokenizer(PROMPTS[0] + text).input_ids for text in texts]
+    expected = torch.stack([log_likelihood(model, ids)[start - 2 :].sum() for ids in full])
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_tokenizer_without_a_beginning_of_text(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     from tokenizers import processors
 

@@ -71,6 +71,14 @@ def test_a_changed_rate_wins_is_logged_and_keeps_the_place_of_the_schedule(
     assert "magnitude.lr: 0.03" in caplog.text
 
 
+def test_a_changed_rate_wins_where_each_rate_follows_from_the_last(run: Any, tmp_path: Path) -> None:
+    decay = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.8)
+    _, whole = run(lr_scheduler=decay)
+    run(stop=4, lr_scheduler=decay)
+    _, second = run(tmp_path / "stopped.ckpt", lr=0.03, lr_scheduler=decay)
+    torch.testing.assert_close(torch.tensor(second), 3 * torch.tensor(whole[4:]))
+
+
 def test_a_changed_rate_wins_without_a_schedule(run: Any, tmp_path: Path) -> None:
     run(stop=4, lr_scheduler=None)
     _, second = run(tmp_path / "stopped.ckpt", lr=0.03, lr_scheduler=None)
