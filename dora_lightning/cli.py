@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 import dora_lightning
@@ -180,7 +180,7 @@ def _loggers(root: Path, version: int) -> list[Logger]:
     return [TensorBoardLogger(str(root), name="", version=version), CSVLogger(str(root), folder.name, table)]
 
 
-def _comparison(before: dict[str, float], after: dict[str, float]) -> Table:
+def _comparison(before: dict[str, float], after: dict[str, float]) -> Group:
     """Held-out results: data sets in rows, measures in columns, the loss below."""
     shared = [name.removeprefix("val/") for name in before if name in after]
     measures = list(dict.fromkeys(name.rpartition("/")[2] for name in shared if "/" in name))
@@ -193,9 +193,8 @@ def _comparison(before: dict[str, float], after: dict[str, float]) -> Table:
             table.add_section()
         cells = [(100 * before[f"val/{source}/{m}"], 100 * after[f"val/{source}/{m}"]) for m in measures]
         table.add_row(source, *(f"{old:.1f} -> {new:.1f}" for old, new in cells))
-    if "loss" in shared:
-        table.caption = f"loss {before['val/loss']:.3f} -> {after['val/loss']:.3f}"
-    return table
+    loss = [f"Held-out loss {before['val/loss']:.3f} -> {after['val/loss']:.3f}"] if "loss" in shared else []
+    return Group(*([table] if measures else []), *loss)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -18,6 +19,7 @@ from dora_lightning.training.adapter_checkpoint import KEY, add_frozen, check_ad
 from dora_lightning.training.atomic_checkpoint import write_checkpoints_atomically
 from dora_lightning.training.base_identity import base_identity
 from dora_lightning.training.parameter_groups import check_optimizers
+from dora_lightning.training.random_state import gather_random_states, restore_random_states
 from dora_lightning.training.report import summary_table
 from dora_lightning.training.resume import apply_overrides, configured_options
 
@@ -34,6 +36,7 @@ class AdapterRun:
         self._base: dict[str, Any] = {}
         self._configured: list[list[dict[str, Any]]] = []
         self._restored: list[list[dict[str, Any]]] = []
+        self._random_states: list[dict[str, torch.Tensor]] = []
 
     def remember_base(self, model: nn.Module, name: str) -> None:
         """Take down what the base model is, while its weights are whole."""
@@ -48,17 +51,20 @@ class AdapterRun:
             Console().print(summary_table(summarize_adapters(pl_module)))
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Let optimiser settings that changed since the checkpoint win, and say so."""
+        """Let optimiser settings that changed since the checkpoint win, and go on with its random numbers."""
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         restored, self._restored = self._restored, []  # a later fit need not begin with a checkpoint
         for change in apply_overrides(restored, self._configured, trainer.optimizers, schedulers):
             rank_zero_info(f"The config overrides the checkpoint: {change}")
+        states, self._random_states = self._random_states, []
+        restore_random_states(states)
 
     def on_save_checkpoint(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what trains, and say what base it belongs to."""
         prefix, config = _adapted(pl_module)
         write_adapter_entry(checkpoint, pl_module, config, self._base, prefix)
         checkpoint[KEY]["optimizer_options"] = self._configured
+        checkpoint[KEY]["random_states"] = gather_random_states()
 
     def on_load_checkpoint(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base or adapter."""
@@ -69,6 +75,7 @@ class AdapterRun:
         trainer = pl_module._trainer
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             self._restored = checkpoint[KEY].get("optimizer_options", [])
+            self._random_states = checkpoint[KEY].get("random_states", [])
 
 
 def _adapted(pl_module: LightningModule) -> tuple[str, AdapterConfig]:
