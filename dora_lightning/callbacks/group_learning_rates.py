@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from dora_lightning.adapters.summary import parameter_group
+from dora_lightning.training.method_hooks import after_method
 from dora_lightning.training.regroup import Part, split_groups
 
 Rate = float | dict[str, float]
@@ -32,7 +33,8 @@ class GroupLearningRates(Callback):
             the rates by group.
 
     Raises:
-        ValueError: a rate is not a positive number or has an unknown key.
+        ValueError: a rate is not a number of at least 0 or has an unknown key. At the start of a fit: a rate or pattern
+            applies to nothing that trains, or an optimiser or scheduler cannot be regrouped.
     """
 
     def __init__(
@@ -51,20 +53,25 @@ class GroupLearningRates(Callback):
         }
         self.modules = {pattern: _options(pattern, rate) for pattern, rate in (modules or {}).items()}
         for pattern in self.modules:
-            re.compile(pattern)
-        self._prepared: LightningModule | None = None
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"modules: {pattern!r} is no regular expression: {error}") from error
+        given = {"magnitude": magnitude, "lora_A": lora_A, "lora_B": lora_B, "other": other}
+        self._asked_for = [name for name, rate in given.items() if rate != 1.0]
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have the module's optimisers regrouped as soon as they are made."""
-        if self._prepared is not pl_module:
-            self._prepared = pl_module
-            original = pl_module.configure_optimizers
-            object.__setattr__(pl_module, "configure_optimizers", _then(original, self._regroup, pl_module))
+        after_method(pl_module, "configure_optimizers", trainer, self, lambda made: self._regroup(pl_module, made))
 
     def _regroup(self, pl_module: LightningModule, made: Any) -> None:
         names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
         optimizers, schedulers = _parts_of(made)
+        trains = {parameter_group(name) for name, p in pl_module.named_parameters() if p.requires_grad}
+        if unused := [name for name in self._asked_for if name not in trains]:
+            present = ", ".join(sorted(trains))
+            raise ValueError(f"GroupLearningRates: nothing that trains is in {', '.join(unused)}; there is: {present}")
         unmatched = set(self.modules)
         for optimizer in optimizers:
             parts = []
@@ -75,7 +82,7 @@ class GroupLearningRates(Callback):
             _name_apart(parts)
             split_groups(optimizer, [s for s in schedulers if _drives(s, optimizer)], parts)
         if unmatched:
-            raise ValueError(f"GroupLearningRates: {sorted(unmatched)} match no parameter of the optimisers")
+            raise ValueError(f"GroupLearningRates: {sorted(unmatched)} match no parameter that trains")
 
     def _split(self, group: dict[str, Any], names: dict[int, str], unmatched: set[str], own: str) -> list[Part]:
         members: dict[str, tuple[dict[str, float], list[Any]]] = {}
@@ -84,7 +91,8 @@ class GroupLearningRates(Callback):
             pattern = next((pattern for pattern in self.modules if re.search(pattern, name)), None)
             kind = parameter_group(name)
             if pattern is not None:
-                unmatched.discard(pattern)
+                if parameter.requires_grad:
+                    unmatched.discard(pattern)
                 # a magnitude inside a named module still gets no decay
                 label, options = f"{pattern}/{kind}", self.modules[pattern]
                 if kind == "magnitude":
@@ -114,18 +122,13 @@ def _options(name: str, rate: Rate) -> dict[str, float]:
     unknown = options.keys() - set(_KEYS)
     if unknown or {"factor", "lr"} <= options.keys():
         raise ValueError(f"{name}: expected a factor, or a dict of factor or lr, and weight_decay; got {rate!r}")
-    if any(value < 0 for value in options.values()):
+    if not all(_is_number(value) and math.isfinite(value) and value >= 0 for value in options.values()):
         raise ValueError(f"{name}: expected numbers of at least 0, got {rate!r}")
     return options
 
 
-def _then(make: Callable[[], Any], regroup: Callable[[LightningModule, Any], None], pl_module: LightningModule) -> Any:
-    def configure_optimizers() -> Any:
-        made = make()
-        regroup(pl_module, made)
-        return made
-
-    return configure_optimizers
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _parts_of(made: Any) -> tuple[list[Optimizer], list[Any]]:
@@ -140,7 +143,8 @@ def _parts_of(made: Any) -> tuple[list[Optimizer], list[Any]]:
             schedulers.append(_scheduler(made["lr_scheduler"]))
     elif isinstance(made, (list, tuple)) and len(made) == 2 and isinstance(made[0], (list, tuple)):
         optimizers += made[0]
-        schedulers += [_scheduler(entry) for entry in made[1]]
+        several = made[1] if isinstance(made[1], (list, tuple)) else [made[1]]
+        schedulers += [_scheduler(entry) for entry in several]
     elif isinstance(made, (list, tuple)):
         for entry in made:
             more_optimizers, more_schedulers = _parts_of(entry)

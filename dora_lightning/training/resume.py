@@ -12,6 +12,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dora_lightning.training.regroup import flatten_schedulers
+
 
 def configured_options(optimizers: Iterable[Optimizer]) -> list[list[dict[str, Any]]]:
     """Options of each group of each optimiser as configured, in plain values; take them before anything is restored."""
@@ -66,6 +68,7 @@ def _override_rate(
     group["lr"] = group["lr"] * now / before if before else now
     if "initial_lr" in group:
         group["initial_lr"] = now
-    for scheduler in schedulers:
-        if scheduler.optimizer is optimizer:
+    for scheduler in flatten_schedulers(schedulers):
+        # ReduceLROnPlateau and the chains keep no base rate
+        if scheduler.optimizer is optimizer and hasattr(scheduler, "base_lrs"):
             scheduler.base_lrs[position] = now
