@@ -1,6 +1,20 @@
 """DoRA (weight-decomposed low-rank adaptation) for PyTorch Lightning."""
 
-from dora_lightning.adapters import AdapterConfig, inject_adapters, merge_adapters, unmerge_adapters
+from dora_lightning.adapters import (
+    AdapterConfig,
+    inject_adapters,
+    load_peft_adapter,
+    merge_adapters,
+    save_peft_adapter,
+    unmerge_adapters,
+)
 
-__all__ = ["AdapterConfig", "inject_adapters", "merge_adapters", "unmerge_adapters"]
+__all__ = [
+    "AdapterConfig",
+    "inject_adapters",
+    "load_peft_adapter",
+    "merge_adapters",
+    "save_peft_adapter",
+    "unmerge_adapters",
+]
 __version__ = "0.1.0"

@@ -10,6 +10,7 @@ from dora_lightning.adapters.inject import (
 )
 from dora_lightning.adapters.layers import AdapterLayer, DoRALinear, LoRALinear, MagnitudeLinear
 from dora_lightning.adapters.merge import merge_adapters, unmerge_adapters
+from dora_lightning.adapters.peft_format import load_peft_adapter, save_peft_adapter
 from dora_lightning.adapters.summary import AdapterSummary, parameter_group, summarize_adapters
 
 __all__ = [
@@ -23,9 +24,11 @@ __all__ = [
     "adapter_layers",
     "find_targets",
     "inject_adapters",
+    "load_peft_adapter",
     "merge_adapters",
     "parameter_group",
     "restrict_to_magnitude",
+    "save_peft_adapter",
     "summarize_adapters",
     "unmerge_adapters",
 ]
