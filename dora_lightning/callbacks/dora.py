@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from typing_extensions import override
 
-from dora_lightning.adapters import AdapterConfig, inject_adapters
+from dora_lightning.adapters import AdapterConfig, inject_adapters, load_peft_adapter
 from dora_lightning.training.adapter_run import AdapterRun
 from dora_lightning.training.build_steps import BuildStep, after_model_is_built
 from dora_lightning.training.method_hooks import after_method
@@ -33,6 +33,8 @@ class DoRA(Callback):
         exact_dropout: drop the base path's input too, as PEFT does.
         norm_axis: ``out`` or ``in``.
         module: dotted name of the submodule to adapt (``model.decoder``); by default the whole LightningModule.
+        init_from: folder of a PEFT adapter to start from; its method, rank, scaling and modules must be those above,
+            and its names relative to the adapted module. A checkpoint that is resumed wins over it.
 
     Raises:
         ValueError: a value is out of range; see :class:`~dora_lightning.adapters.AdapterConfig`.
@@ -50,6 +52,7 @@ class DoRA(Callback):
         exact_dropout: bool = False,
         norm_axis: str = "out",
         module: str | None = None,
+        init_from: str | None = None,
     ) -> None:
         self.config = AdapterConfig(
             method=method,
@@ -63,6 +66,7 @@ class DoRA(Callback):
             norm_axis=norm_axis,
         )
         self.module = module
+        self.init_from = init_from
         self._run = AdapterRun()
 
     @override
@@ -94,6 +98,8 @@ class DoRA(Callback):
         model = _submodule(pl_module, self.module)
         if self._run.injected is None:
             inject_adapters(model, self.config)
+            if self.init_from is not None:
+                load_peft_adapter(model, self.init_from)
             name = getattr(getattr(model, "config", None), "name_or_path", None) or type(model).__qualname__
             self._run.remember_base(model, name)
             self._run.injected = (self.module, self.config)
