@@ -20,6 +20,7 @@ from dora_lightning.training.sharded_checkpoint import use_adapter_checkpoints
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_CACHES = {"past_key_values", "past_key_value", "layer_past", "cache", "use_cache"}
 _RECOMPUTED = "dora_lightning_recomputed"
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
@@ -133,6 +134,8 @@ def checkpoint_activations(block: nn.Module) -> None:
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
+        # run a second time, the block would append to a cache of keys and values once more
+        kwargs |= {name: False if name == "use_cache" else None for name in _CACHES & kwargs.keys()}
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     setattr(recomputed, _RECOMPUTED, True)
