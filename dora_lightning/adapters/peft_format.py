@@ -7,8 +7,8 @@ On disk the tensors of a module ``q_proj [out, in]`` are called::
     base_model.model.q_proj.lora_magnitude_vector   [out]       with use_dora only
 
 PEFT has no module that trains its magnitude alone. It is written as a DoRA module of rank 1 with ``A = B = 0``, which
-computes the same and, since both gradients are zero, also trains the same; a DoRA module with ``A = B = 0`` is read as
-one. A file says nothing of ``detach_norm``, and PEFT drops the input of both paths, as ``exact_dropout`` does.
+computes the same and, since both gradients are zero, trains its magnitude alone; a DoRA module with ``A = B = 0`` is
+read as one. A file says nothing of ``detach_norm``, and PEFT drops the input of both paths, as ``exact_dropout`` does.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def load_peft_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
     A model without adapters gets them, in exactly the modules that the file holds tensors for, and is frozen but for
     them. A model with adapters (or with one adapted model inside) keeps its config; method, rank, scaling and modules
-    must be those of the file. ``use_rslora`` is read as the equivalent alpha.
+    must be those of the file. ``use_rslora`` is read as the equivalent alpha, and dropout as the ``exact_dropout`` that
+    PEFT applies in DoRA.
 
     Args:
         model: the base model that the adapter was trained on; names in the file are relative to it.
@@ -190,17 +191,20 @@ def _read_options(folder: Path) -> dict[str, Any]:
     init = options.get("init_lora_weights")
     if not (init is None or isinstance(init, bool) or init in _INITS_THAT_LEAVE_THE_BASE):
         raise ValueError(
-            f"init_lora_weights={init!r} is not supported: the adapter belongs to a changed base. "
+            f"init_lora_weights={init!r} is not supported: such an adapter belongs to a changed base. "
             "Convert the adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
     variants = [name for name in options if name.startswith("use_") and name not in ("use_dora", "use_rslora")]
     for name in (*_REFUSED, *variants):
         if options.get(name):
             raise ValueError(f"{name}={options[name]!r} is not supported")
-    for name, kind in {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float)}.items():
-        value = options.setdefault(name, {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0}[name])  # PEFT's defaults
-        if not isinstance(value, kind) or isinstance(value, bool):  # type: ignore[arg-type]
-            raise ValueError(f"{name} must be a number, got {value!r}")
+    for name, default in {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0}.items():  # PEFT's
+        if not _is_number(options.setdefault(name, default)):
+            raise ValueError(f"{name} must be a number, got {options[name]!r}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = options[name] = options.get(name) or {}
+        if not isinstance(patterns, dict) or not all(_is_number(value) for value in patterns.values()):
+            raise ValueError(f"{name} must map patterns to numbers, got {patterns!r}")
     return options
 
 
@@ -248,16 +252,16 @@ def _read_modules(folder: Path, options: Mapping[str, Any]) -> dict[str, _Module
 
 
 def _rank_and_alpha(name: str, options: Mapping[str, Any]) -> tuple[int, float]:
-    rank = _by_pattern(name, options.get("rank_pattern"), options["r"])
-    alpha = _by_pattern(name, options.get("alpha_pattern"), options["lora_alpha"])
+    rank = _by_pattern(name, options["rank_pattern"], options["r"])
+    alpha = _by_pattern(name, options["alpha_pattern"], options["lora_alpha"])
     if not isinstance(rank, int) or rank < 1 or not alpha > 0:
         raise ValueError(f"r must be a whole number of at least 1 and lora_alpha above 0, got {rank} and {alpha}")
     return rank, float(alpha * math.sqrt(rank) if options.get("use_rslora") else alpha)
 
 
-def _by_pattern(name: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
+def _by_pattern(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
     """The value of the first pattern that matches, as PEFT's ``get_pattern_key`` finds it."""
-    return next((v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", name)), default)
+    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", name)), default)
 
 
 def _derived_config(root: nn.Module, options: Mapping[str, Any], modules: Mapping[str, _Module]) -> AdapterConfig:
@@ -305,12 +309,13 @@ def _derived_config(root: nn.Module, options: Mapping[str, Any], modules: Mappin
 
 def _check_fit(layers: Mapping[str, AdapterLayer], modules: Mapping[str, _Module]) -> None:
     if more := modules.keys() - layers.keys():
-        raise ValueError(f"it holds tensors for {_listing(more)}, where the model has no adapters")
+        raise ValueError(
+            f"it holds tensors for {_listing(more)}, where the model has no adapters; it has {_listing(layers)}"
+        )
     if fewer := layers.keys() - modules.keys():
         raise ValueError(f"it lacks tensors for {_listing(fewer)}, where the model has adapters")
     for name, module in modules.items():
         layer = layers[name]
-        _check_whole(name, layer)
         if layer.merged:
             raise ValueError(f"the adapter of {name} is merged; call unmerge_adapters(model) first")
         theirs: dict[str, Any] = {"method": module.method}
@@ -327,6 +332,7 @@ def _check_fit(layers: Mapping[str, AdapterLayer], modules: Mapping[str, _Module
 
 
 def _check_tensors(name: str, module: _Module, target: nn.Module) -> None:
+    _check_whole(name, target)
     rows, columns = target.out_features, target.in_features
     wide = torch.promote_types(target.weight.dtype, torch.float32)  # type: ignore[arg-type]
     shapes = {"lora_A": (module.rank, columns), "lora_B": (rows, module.rank), "magnitude": (rows,)}
@@ -405,13 +411,17 @@ def _adapted_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_whole(name: str, layer: AdapterLayer) -> None:
-    if getattr(layer, "norm_axis", "out") == "in":
+def _check_whole(name: str, module: nn.Module) -> None:
+    if getattr(module, "norm_axis", "out") == "in":
         raise ValueError(f"norm_axis='in' ({name}) has no equivalent in PEFT: its magnitudes belong to outputs")
-    for parameter in layer.parameters(recurse=False):
+    for parameter in module.parameters(recurse=False):
         if parameter.is_meta or isinstance(parameter, DTensor):
             kind = "on the meta device" if parameter.is_meta else "sharded"
-            raise ValueError(f"the adapter of {name} is {kind}; PEFT's files hold whole tensors")
+            raise ValueError(f"{name} is {kind}; PEFT's files hold whole tensors")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _as_regex(names: Iterable[str]) -> str:

@@ -234,6 +234,17 @@ def test_round_trip(load: Load, tmp_path: Path, options: dict[str, Any]) -> None
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
 
 
+def test_magnitude_alone_trains_alone_in_peft_too(load: Load, tmp_path: Path) -> None:
+    save_peft_adapter(our_adapter(load(), magnitude_only_modules=["o_proj"]), tmp_path / "adapter")
+    twin = peft.PeftModel.from_pretrained(load(), str(tmp_path / "adapter"), is_trainable=True)
+    twin(torch.arange(3, 27).reshape(2, 12)).logits.logsumexp(-1).sum().backward()
+    gradients = {
+        name: bool(p.grad.any()) for name, p in twin.named_parameters() if p.requires_grad and "o_proj" in name
+    }
+    assert len(gradients) == 6
+    assert all(moves == ("magnitude" in name) for name, moves in gradients.items()), gradients
+
+
 def test_the_files(load: Load, base: Path, tmp_path: Path) -> None:
     model = our_adapter(load(), magnitude_only_modules=["model.layers.0.self_attn.o_proj"], dropout=0.1)
     folder = save_peft_adapter(model, tmp_path / "new" / "adapter")
@@ -380,6 +391,8 @@ def assert_refused(model: nn.Module, folder: Path, message: str, error: type[Exc
         ("use_qalora", True),
         ("use_bdlora", {"nblocks": 2}),
         ("r", "4"),
+        ("rank_pattern", ["q_proj"]),
+        ("alpha_pattern", {"q_proj": "8"}),
         ("lora_alpha", None),
     ],
 )
@@ -488,6 +501,11 @@ def test_convolutions(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3))
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"])).save_pretrained(tmp_path)
     assert_refused(nn.Sequential(nn.Conv2d(2, 3, 3)), tmp_path, "only nn.Linear can be adapted.*0, a Conv2d")
+
+
+def test_a_base_without_values(load: Load, tmp_path: Path) -> None:
+    peft_adapter(load(), tmp_path)
+    assert_refused(load().to("meta"), tmp_path, "q_proj is on the meta device|down_proj is on the meta device")
 
 
 def test_folders_that_hold_no_adapter(load: Load, tmp_path: Path) -> None:
