@@ -25,7 +25,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
 
 
 def made(seed: int, mesh: DeviceMesh) -> tuple[nn.Module, ModelParallelStrategy]:
-    """A module of a frozen and a trained layer with a buffer, sharded, an optimiser that has stepped, and a strategy."""
+    """A module of a frozen and a trained layer with a buffer, sharded, and a strategy whose optimiser has stepped."""
     torch.manual_seed(seed)
     module = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
     module[0].requires_grad_(False)
