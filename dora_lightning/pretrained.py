@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from safetensors import safe_open
+from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -75,16 +82,49 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_causal_lm(name: str, dtype: str = "auto", attn_implementation: str | None = None) -> PreTrainedModel:
+def local_folder(name: str) -> Path:
+    """Folder with the safetensors of a pretrained model; a hub id is downloaded once."""
+    source = resolve_pretrained(name)
+    if Path(source).is_dir():
+        return Path(source)
+    return Path(snapshot_download(source, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf"]))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a model's weights, as ``transformers`` chooses them.
+
+    Raises:
+        FileNotFoundError: there are none, or one that the index names is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder} holds no model.safetensors, nor an index of several")
+    files = [
+        folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    ]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {missing[0]}, which {index.name} names")
+    return files
+
+
+def load_causal_lm(
+    name: str, dtype: str = "auto", attn_implementation: str | None = None, meta_device: bool = False
+) -> PreTrainedModel:
     """A causal language model with its pretrained weights.
 
     Args:
         name: see :func:`resolve_pretrained`.
         dtype: ``auto`` for the dtype the weights are stored in, or ``float32``, ``bfloat16``, ``float16``.
         attn_implementation: handed to ``transformers`` (``sdpa``, ``flash_attention_2``, ``eager``).
+        meta_device: leave the weights out: parameters are on the meta device, where they have shapes but no memory.
+            Buffers, which are computed and not loaded, are real.
     """
     source = resolve_pretrained(name)
     try:
+        if meta_device:
+            return _causal_lm_without_weights(local_folder(name), dtype, attn_implementation)
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attn_implementation)
     except OSError as error:
         raise _not_loaded(name, "model", error) from error
@@ -93,6 +133,43 @@ def load_causal_lm(name: str, dtype: str = "auto", attn_implementation: str | No
 def cache_folder() -> Path:
     """Where converted models are kept."""
     return Path(os.environ.get("DORA_LIGHTNING_CACHE", "~/.cache/dora-lightning")).expanduser()
+
+
+def _causal_lm_without_weights(folder: Path, dtype: str, attn_implementation: str | None) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{folder} holds quantised weights, which cannot be streamed; set meta_device: false")
+    chosen = (config.dtype or _stored_dtype(folder)) if dtype == "auto" else getattr(torch, dtype)
+    with _parameters_on_meta_device():
+        model = AutoModelForCausalLM.from_config(config, dtype=chosen, attn_implementation=attn_implementation)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+@contextmanager
+def _parameters_on_meta_device() -> Iterator[None]:
+    """Every parameter that a module is given goes to the meta device at once; buffers stay what they are."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """Dtype of the first floating-point weight, as ``transformers`` takes it where the config names none."""
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+    with safe_open(weight_files(folder)[0], framework="pt") as weights:
+        stored = (weights.get_slice(key).get_dtype() for key in weights.keys())  # noqa: SIM118  # not a dict
+        return next((names[name] for name in stored if name in names), torch.float32)
 
 
 def _not_loaded(name: str, what: str, error: OSError) -> OSError:

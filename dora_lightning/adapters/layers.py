@@ -133,7 +133,7 @@ class LoRALinear(AdapterLayer):
         return f"rank={self.rank}, scaling={self.scaling:g}"
 
     def _reset_low_rank(self) -> None:
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        draw_low_rank(self.lora_A)
         nn.init.zeros_(self.lora_B)
 
     def _dropped(self, x: Tensor) -> Tensor | None:
@@ -253,6 +253,11 @@ class MagnitudeLinear(AdapterLayer):
         if self.norm_axis == "in":
             return self.base_layer(_scaled_input(x, gain))
         return functional.adapter_linear(x, self.weight, self.bias, gain=gain)
+
+
+def draw_low_rank(lora_A: Tensor) -> None:
+    """Fill ``lora_A [rank, in]`` with the random values training starts from."""
+    nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
 
 
 def _scaled_input(x: Tensor, gain: Tensor) -> Tensor:

@@ -97,7 +97,19 @@ class Backbone(LightningModule):
         inject_adapters(model, self.adapter)
         model.train()  # from_pretrained returns it in evaluation mode, and Lightning keeps what it finds
         self._run.remember_base(model, self.model_name_or_path)
+        self._check_weights_will_come(model)
         self.model = model
+
+    def _check_weights_will_come(self, model: PreTrainedModel) -> None:
+        # a strategy would fail on them with an error of torch's, or fill them with random numbers
+        if self._trainer is None or not any(parameter.is_meta for parameter in model.parameters()):
+            return
+        callbacks: list[Any] = self._trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        if not any(getattr(callback, "fills_meta_parameters", False) for callback in callbacks):
+            raise ValueError(
+                "the model was built without weights (meta_device: true) and nothing would load them: "
+                "add the callback ShardedTraining, or set meta_device: false"
+            )
 
     def configure_optimizers(self) -> Any:
         """Optimiser over named groups, and the scheduler if there is one."""

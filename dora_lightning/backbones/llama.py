@@ -38,6 +38,8 @@ class DoRALlama(Backbone):
         dtype: dtype of the frozen base: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: attention (``sdpa``, ``flash_attention_2``, ``eager``); null for the default.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        meta_device: build the model without weights and let the callback ``ShardedTraining`` read them from the
+            folder's safetensors straight into each process's shards, so that no process ever holds the whole base.
     """
 
     def __init__(
@@ -51,16 +53,19 @@ class DoRALlama(Backbone):
         dtype: str = "auto",
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
+        meta_device: bool = False,
     ) -> None:
         super().__init__(model_name_or_path, adapter, optimizer, lr_scheduler, task, judge_in_validation)
         self.base_dtype = dtype
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
+        # not a hyperparameter: what loads a checkpoint later wants the weights
+        self.meta_device = meta_device
         self.save_hyperparameters({"dtype": dtype, "attn_implementation": attn_implementation})
 
     def load_pretrained(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The causal language model and its tokenizer."""
-        model = load_causal_lm(self.model_name_or_path, self.base_dtype, self.attn_implementation)
+        model = load_causal_lm(self.model_name_or_path, self.base_dtype, self.attn_implementation, self.meta_device)
         check_plain_logits(model)
         if self.gradient_checkpointing:
             # the name changed within transformers 5

@@ -15,8 +15,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
+from dora_lightning.training.adapter_run import run_of
 from dora_lightning.training.build_steps import BuildStep, after_model_is_built
 from dora_lightning.training.sharded_checkpoint import use_adapter_checkpoints
+from dora_lightning.training.streaming import awaits_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,7 +37,8 @@ class ShardedTraining(Callback):
 
     Under ``ModelParallelStrategy`` each transformer block, then the whole, becomes an FSDP2 unit (frozen base and
     adapters together; FSDP2 shards tensors of several dtypes in one unit), and checkpoints gather what trains and never
-    the base. On a single device and under DDP the same precision and activation checkpointing apply.
+    the base. On a single device and under DDP the same precision and activation checkpointing apply. A model that was
+    built on the meta device is given its weights here, each process reading its own rows of the base's files.
 
     Args:
         base_dtype: dtype that frozen floating-point weights are cast to; null leaves them as they are. What trains
@@ -48,6 +51,8 @@ class ShardedTraining(Callback):
     Raises:
         ValueError: unknown dtype, no such blocks, or a strategy that cannot do it, with the alternative.
     """
+
+    fills_meta_parameters = True
 
     def __init__(
         self,
@@ -91,6 +96,8 @@ class ShardedTraining(Callback):
             for step in _STEPS:
                 _call_through_module(pl_module, step)
             rank_zero_info(f"FSDP2: {len(blocks)} blocks over {mesh.size()} processes")
+        if awaits_weights(pl_module):
+            run_of(pl_module).stream_base(pl_module, strategy.root_device)
 
 
 def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:

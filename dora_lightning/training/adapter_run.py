@@ -17,11 +17,12 @@ from torch import nn
 from dora_lightning.adapters import AdapterConfig, adapted_submodule, summarize_adapters
 from dora_lightning.training.adapter_checkpoint import KEY, add_frozen, check_adapter_entry, write_adapter_entry
 from dora_lightning.training.atomic_checkpoint import write_checkpoints_atomically
-from dora_lightning.training.base_identity import base_identity
+from dora_lightning.training.base_identity import awaited_dtypes, base_identity
 from dora_lightning.training.parameter_groups import check_optimizers
 from dora_lightning.training.random_state import gather_random_states, restore_random_states
 from dora_lightning.training.report import summary_table
 from dora_lightning.training.resume import apply_overrides, configured_options
+from dora_lightning.training.streaming import stream_weights
 
 
 class AdapterRun:
@@ -34,6 +35,7 @@ class AdapterRun:
     def __init__(self) -> None:
         self.injected: Any = None
         self._base: dict[str, Any] = {}
+        self._awaited: dict[str, torch.dtype] = {}
         self._configured: list[list[dict[str, Any]]] = []
         self._restored: list[list[dict[str, Any]]] = []
         self._random_states: list[dict[str, torch.Tensor]] = []
@@ -41,6 +43,11 @@ class AdapterRun:
     def remember_base(self, model: nn.Module, name: str) -> None:
         """Take down what the base model is, while its weights are whole."""
         self._base = base_identity(model, name)
+        self._awaited = awaited_dtypes(model)
+
+    def stream_base(self, pl_module: LightningModule, device: torch.device) -> None:
+        """Read the weights of a model on the meta device into what this process holds of it; note what they are."""
+        self._base = stream_weights(pl_module, self._base["name"], device, self._awaited)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the optimisers have what trains, and print what that is."""
@@ -76,6 +83,21 @@ class AdapterRun:
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             self._restored = checkpoint[KEY].get("optimizer_options", [])
             self._random_states = checkpoint[KEY].get("random_states", [])
+
+
+def run_of(pl_module: LightningModule) -> AdapterRun:
+    """The run with adapters that ``pl_module`` is in, whether a backbone or the ``DoRA`` callback holds it.
+
+    Raises:
+        ValueError: it is in none.
+    """
+    for value in vars(pl_module).values():
+        if isinstance(value, AdapterRun):
+            return value
+    raise ValueError(
+        f"{type(pl_module).__name__} has parameters on the meta device, and no adapters that tell what pretrained "
+        "model they belong to; add the callback DoRA, or build the module with its weights"
+    )
 
 
 def _adapted(pl_module: LightningModule) -> tuple[str, AdapterConfig]:

@@ -6,11 +6,12 @@ when the same weights are loaded in another dtype.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 _SAMPLES = 8
 # two roundings to half precision of the same number differ by less than this
@@ -24,12 +25,25 @@ def base_identity(model: nn.Module, name: str) -> dict[str, Any]:
         model: the model with real weights, with or without adapters.
         name: folder or hub id it was loaded from.
     """
+    # a shard is no sample of the whole; adapters are injected, and this is called, before sharding
     frozen = {
         key.replace(".base_layer.", "."): parameter
         for key, parameter in model.named_parameters()
-        if not parameter.requires_grad and parameter.is_floating_point() and not parameter.is_meta
+        if not parameter.requires_grad
+        and parameter.is_floating_point()
+        and not parameter.is_meta
+        and not isinstance(parameter, DTensor)
     }
     return _identity(frozen, name)
+
+
+def awaited_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """Name in the base -> dtype, of the frozen weights that are still on the meta device."""
+    return {
+        key.replace(".base_layer.", "."): parameter.dtype
+        for key, parameter in model.named_parameters()
+        if not parameter.requires_grad and parameter.is_floating_point() and parameter.is_meta
+    }
 
 
 def check_same_base(saved: dict[str, Any], present: dict[str, Any]) -> None:
@@ -50,6 +64,51 @@ def check_weight_of_base(saved: dict[str, Any], key: str, weight: Tensor, name: 
     """As :func:`check_same_base`, for one weight of the base ``name``; a weight that was not recorded passes."""
     if key in saved["samples"]:
         _compare(saved, _identity({key: weight}, name), key)
+
+
+class StreamedIdentity:
+    """The very identity :func:`base_identity` gives, of weights that are never whole anywhere.
+
+    Each process adds the rows it holds; sums of bits, and values, add up to those of the whole.
+    """
+
+    def __init__(self, name: str, dtypes: Mapping[str, torch.dtype]) -> None:
+        self._name = name
+        self._dtypes = dict(dtypes)
+        self._sums: dict[str, int] = {}
+        self._values: dict[str, dict[int, float]] = {}
+
+    def add(self, key: str, piece: Tensor, first: int, numel: int) -> None:
+        """Add elements ``first, first + 1, ...`` of the flattened weight ``key``, which has ``numel`` in all."""
+        flat = piece.detach().reshape(-1)
+        step = _sample_step(numel)
+        values = self._values.setdefault(key, {})
+        for position in range(-(-first // step), _SAMPLES):
+            if position * step >= min(numel, first + len(flat)):
+                break
+            values[position] = float(flat[position * step - first])
+        self._sums[key] = self._sums.get(key, 0) + _checksum_of_piece(flat, first, numel)
+
+    def parts(self) -> tuple[dict[str, int], dict[str, dict[int, float]]]:
+        """What this process has added, to be sent to the others."""
+        return self._sums, self._values
+
+    def whole(self, parts: Sequence[tuple[dict[str, int], dict[str, dict[int, float]]]]) -> dict[str, Any]:
+        """The identity, from the parts of all processes."""
+        checksums = dict.fromkeys(self._dtypes, 0)
+        values: dict[str, dict[int, float]] = {key: {} for key in self._dtypes}
+        for sums, some in parts:
+            for key, value in sums.items():
+                checksums[key] += value
+            for key, positions in some.items():
+                values[key].update(positions)
+        return {
+            "name": self._name,
+            "samples": {key: _as_samples(some) for key, some in values.items()},
+            # wraps around as the sum of 64-bit numbers does
+            "checksums": {key: (value + 2**63) % 2**64 - 2**63 for key, value in checksums.items()},
+            "dtypes": {key: str(dtype) for key, dtype in self._dtypes.items()},
+        }
 
 
 def _identity(weights: Mapping[str, Tensor], name: str) -> dict[str, Any]:
@@ -82,8 +141,15 @@ def _wrong_base(saved: dict[str, Any], name: str, reason: str) -> ValueError:
 
 def _sample(parameter: Tensor) -> Tensor:
     flat = parameter.detach().reshape(-1)
-    step = max(1, flat.numel() // _SAMPLES)
-    return flat[::step][:_SAMPLES].to("cpu", torch.float32, copy=True)
+    return flat[:: _sample_step(flat.numel())][:_SAMPLES].to("cpu", torch.float32, copy=True)
+
+
+def _as_samples(values: Mapping[int, float]) -> Tensor:
+    return torch.tensor([value for _, value in sorted(values.items())], dtype=torch.float32, device="cpu")
+
+
+def _sample_step(numel: int) -> int:
+    return max(1, numel // _SAMPLES)
 
 
 def _checksum(weight: Tensor) -> int:
@@ -95,3 +161,16 @@ def _checksum(weight: Tensor) -> int:
     rest = flat[whole:].view(torch.uint8).sum(dtype=torch.int64)
     # eight bytes at a time: without a conversion the sum runs at the speed of memory
     return int(flat[:whole].view(torch.int64).sum() + rest)
+
+
+def _checksum_of_piece(flat: Tensor, first: int, numel: int) -> int:
+    """What elements ``first, first + 1, ...`` of a weight contribute to its :func:`_checksum`."""
+    size = flat.element_size()
+    # the eight bytes at a time are counted from the start of the weight, and its last few bytes are counted one by one
+    whole = max(0, min(len(flat), numel * size // 8 * 8 // size - first))
+    head, rest = flat[:whole], flat[whole:].contiguous().view(torch.uint8)
+    before = first * size % 8 // size
+    after = -(before + whole) % (8 // size)
+    if before or after or head.storage_offset() * size % 8 or not head.is_contiguous():
+        head = torch.cat([head.new_zeros(before), head, head.new_zeros(after)])  # a zero has no bits
+    return int(head.view(torch.int64).sum() + rest.sum(dtype=torch.int64))

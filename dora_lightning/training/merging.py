@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 
 from dora_lightning.adapters import AdapterConfig
 from dora_lightning.adapters.functional import merge_weight
 from dora_lightning.adapters.summary import parameter_group
-from dora_lightning.pretrained import resolve_pretrained
+from dora_lightning.pretrained import local_folder
 from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint
 from dora_lightning.training.base_identity import check_weight_of_base
 
@@ -57,7 +56,7 @@ def merge_to_folder(
     output = Path(output)
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists; choose another folder or pass overwrite")
-    source = _local_folder(base)
+    source = local_folder(base)
     files = sorted(source.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{source} holds no safetensors files, the only kind of weights that is read")
@@ -175,10 +174,3 @@ def _replace(partial: Path, output: Path) -> None:
     output.rename(old / output.name)
     partial.rename(output)
     shutil.rmtree(old)
-
-
-def _local_folder(base: str) -> Path:
-    source = resolve_pretrained(base)
-    if Path(source).is_dir():
-        return Path(source)
-    return Path(snapshot_download(source, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf"]))
