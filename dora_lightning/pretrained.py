@@ -229,8 +229,10 @@ def _convert_gguf(path: Path) -> Path:
     folder = cache_folder() / "gguf" / f"{path.stem}-{digest}"
     if folder.is_dir():
         return folder
-    if importlib.util.find_spec("gguf") is None:
-        raise ModuleNotFoundError('reading GGUF files needs the package gguf: pip install "dora-lightning[quickstart]"')
+    if missing := [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]:
+        raise ModuleNotFoundError(
+            f'reading GGUF files needs {" and ".join(missing)}: pip install "dora-lightning[quickstart]"'
+        )
     rank_zero_info(f"Converting {path.name} to safetensors (once; kept in {folder})")
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
