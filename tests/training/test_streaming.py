@@ -166,6 +166,18 @@ def test_a_base_without_safetensors_is_refused(tiny_llama: Path, tmp_path: Path,
         module._run.stream_base(module, CPU)
 
 
+def test_an_adapter_cannot_be_put_into_a_model_without_weights(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    from dora_lightning.adapters import load_peft_adapter, save_peft_adapter
+
+    modules = [make_backbone(meta_device=meta_device) for meta_device in (False, True)]
+    for module in modules:
+        module.configure_model()
+    folder = save_peft_adapter(modules[0].model, tmp_path / "adapter")
+    load_peft_adapter(modules[0].model, folder)
+    with pytest.raises(ValueError, match=r"is on the meta device"):
+        load_peft_adapter(modules[1].model, folder)
+
+
 # Two processes -------------------------------------------------------------------------------------------------------
 
 
@@ -183,10 +195,11 @@ class Held(Callback):
     """Counts what this process holds of each parameter when training starts."""
 
     def on_fit_start(self, trainer: Trainer, module: Any) -> None:
-        largest_share = max(p.to_local().numel() / p.numel() for p in module.parameters() if not p.requires_grad)
-        held = sum(p.to_local().numel() for p in module.parameters())
-        whole = sum(p.numel() for p in module.parameters())
-        self.counts = {"largest_share": largest_share, "share": held / whole}
+        held = [(p.to_local() if hasattr(p, "to_local") else p).numel() for p in module.parameters()]
+        whole = [p.numel() for p in module.parameters()]
+        frozen = [not p.requires_grad for p in module.parameters()]
+        shares = [part / of for part, of, is_frozen in zip(held, whole, frozen, strict=True) if is_frozen]
+        self.counts = {"largest_share": max(shares), "share": sum(held) / sum(whole)}
 
 
 class LargestTensor(TorchDispatchMode):
@@ -246,7 +259,9 @@ def token_batch(rows: list[torch.Tensor]) -> dict[str, Any]:
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens, "samples": []}
 
 
-def fit(folder: Path, case: dict[str, Any], name: str, meta_device: bool, resume: str | None = None) -> None:
+def fit(
+    folder: Path, case: dict[str, Any], name: str, meta_device: bool, resume: str | None = None, strategy: Any = None
+) -> None:
     """Train for two epochs of five steps; writes losses, checkpoints and what was read to ``folder``."""
     from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -273,7 +288,8 @@ def fit(folder: Path, case: dict[str, Any], name: str, meta_device: bool, resume
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
-        strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False),
+        strategy=strategy
+        or ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False),
         max_epochs=2,
         callbacks=[
             ShardedTraining(case.get("base_dtype")),
@@ -301,6 +317,7 @@ def run_cases(folder: str) -> None:
         if name in ("tied", "bf16"):
             fit(here, case, "ordinary_resumed", meta_device=False, resume=str(here / "streamed" / "epoch=0.ckpt"))
             fit(here, case, "streamed_resumed", meta_device=True, resume=str(here / "ordinary" / "epoch=0.ckpt"))
+            fit(here, case, "streamed_ddp", meta_device=True, strategy="ddp")
 
 
 @pytest.fixture(scope="module")
@@ -359,6 +376,15 @@ def test_checkpoints_of_both_starts_are_interchangeable(two_processes: Path, cas
     for ours, theirs in zip(read(two_processes / case, name), expected, strict=True):
         assert len(ours["losses"]) == 5
         assert ours["losses"] == pytest.approx(theirs["losses"][5:], abs=1e-6)
+
+
+@pytest.mark.parametrize("case", ["tied", "bf16"])
+def test_copies_on_every_process_train_as_shards_do(two_processes: Path, case: str) -> None:
+    copies = read(two_processes / case, "streamed_ddp")
+    assert all(rank["share"] == 1 for rank in copies)
+    for ours, theirs in zip(copies, read(two_processes / case, "ordinary"), strict=True):
+        assert len(ours["losses"]) == 10
+        assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
