@@ -18,7 +18,7 @@ from typing_extensions import override
 from dora_lightning.training.adapter_run import run_of
 from dora_lightning.training.build_steps import BuildStep, after_model_is_built
 from dora_lightning.training.sharded_checkpoint import use_adapter_checkpoints
-from dora_lightning.training.streaming import awaits_weights
+from dora_lightning.training.streaming import allocate, awaits_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -97,7 +97,12 @@ class ShardedTraining(Callback):
                 _call_through_module(pl_module, step)
             rank_zero_info(f"FSDP2: {len(blocks)} blocks over {mesh.size()} processes")
         if awaits_weights(pl_module):
-            run_of(pl_module).stream_base(pl_module, strategy.root_device)
+            try:
+                run_of(pl_module).stream_base(pl_module, strategy.root_device)
+            except Exception:
+                # Lightning moves the module when it stops, and an error of torch's would hide this one
+                allocate(pl_module, strategy.root_device)
+                raise
 
 
 def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:

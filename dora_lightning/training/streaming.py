@@ -34,6 +34,19 @@ def awaits_weights(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters())
 
 
+def allocate(module: nn.Module, device: torch.device) -> None:
+    """Put empty memory in the place of meta parameters, tied ones once; all else moves to ``device`` as it is."""
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    for child in module.modules():
+        for name, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.is_meta:
+                if parameter not in replaced:
+                    empty = torch.empty_like(parameter, device=device)
+                    replaced[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                child._parameters[name] = replaced[parameter]
+    module.to(device)  # FSDP2 takes up new parameters here
+
+
 @torch.no_grad()
 def stream_weights(
     module: nn.Module, base: str, device: torch.device, dtypes: Mapping[str, torch.dtype]
@@ -59,9 +72,14 @@ def stream_weights(
     awaited = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     if outside := [name for name in awaited if prefix and not name.startswith(f"{prefix}.")]:
         raise ValueError(f"{outside[0]} is on the meta device and no part of the pretrained model: nothing fills it")
+    if not hasattr(model, "config"):
+        raise ValueError(
+            f"the adapted {type(model).__name__} is on the meta device and is no transformers model, which knows where "
+            "its weights are; name the part that is one (module of the callback DoRA)"
+        )
     sources = _sources(model, local_folder(base))
     adapters = [layer for _, layer in adapter_layers(model) if any(p.is_meta for p in layer.parameters(recurse=False))]
-    _allocate(module, device)
+    allocate(module, device)
     mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
     identity = StreamedIdentity(base, dtypes)
     axes = {id(layer.weight): layer.norm_axis for layer in adapters if isinstance(layer, (DoRALinear, MagnitudeLinear))}
@@ -114,19 +132,6 @@ def _sources(model: nn.Module, folder: Path) -> dict[Path, dict[str, str]]:
 
 def _base_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
-
-
-def _allocate(module: nn.Module, device: torch.device) -> None:
-    """Put empty memory in the place of meta parameters, tied ones once; all else moves to ``device`` as it is."""
-    replaced: dict[nn.Parameter, nn.Parameter] = {}
-    for child in module.modules():
-        for name, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
-            if parameter.is_meta:
-                if parameter not in replaced:
-                    empty = torch.empty_like(parameter, device=device)
-                    replaced[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                child._parameters[name] = replaced[parameter]
-    module.to(device)  # FSDP2 takes up new parameters here
 
 
 def _fill(tensor: Tensor, source: Any, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:

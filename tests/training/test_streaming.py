@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -156,6 +156,57 @@ def test_a_missing_or_other_weight_is_refused_by_name(
     module.configure_model()
     with pytest.raises(ValueError, match=message):
         module._run.stream_base(module, CPU)
+
+
+@pytest.mark.parametrize(
+    ("adapted", "message"),
+    [
+        (None, r"Plain has parameters on the meta device, and no adapters .* add the callback DoRA"),
+        ("all", r"the adapted Plain is on the meta device and is no transformers model"),
+        ("lm", None),
+    ],
+)
+def test_a_plain_module_gets_its_weights_if_the_part_that_has_a_folder_is_adapted(
+    tiny_llama: Path, make_trainer: MakeTrainer, adapted: str | None, message: str | None
+) -> None:
+    from dora_lightning.callbacks import DoRA, ShardedTraining
+    from dora_lightning.pretrained import load_causal_lm
+
+    class Plain(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lm = load_causal_lm(str(tiny_llama), meta_device=True).train()
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            return self.lm(input_ids=batch, labels=batch).loss
+
+        def configure_optimizers(self) -> AdamW:
+            return AdamW([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+    module = Plain()
+    adapters = (
+        [DoRA(rank=2, target_modules=["q_proj"], module=None if adapted == "all" else adapted)] if adapted else []
+    )
+    trainer = make_trainer(callbacks=[*adapters, ShardedTraining(None)], max_steps=1)
+    batches = DataLoader(torch.randint(3, 384, (2, 8)), batch_size=2)
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            trainer.fit(module, batches)
+        return
+    trainer.fit(module, batches)
+    stored = load_file(tiny_llama / "model.safetensors")
+    assert torch.equal(module.lm.model.norm.weight, stored["model.norm.weight"])
+
+
+def test_a_trainer_stops_with_the_name_of_a_missing_weight(
+    untied_llama: Path, tmp_path: Path, make_backbone: MakeBackbone, make_data: MakeData, make_trainer: MakeTrainer
+) -> None:
+    from dora_lightning.callbacks import ShardedTraining
+
+    folder = changed(untied_llama, tmp_path / "changed", **{"lm_head.weight": None})
+    trainer = make_trainer(callbacks=[ShardedTraining(None)], max_steps=1)
+    with pytest.raises(ValueError, match=r"holds no weight lm_head.weight"):
+        trainer.fit(make_backbone(folder, meta_device=True), datamodule=make_data())
 
 
 def test_a_base_without_safetensors_is_refused(tiny_llama: Path, tmp_path: Path, make_backbone: MakeBackbone) -> None:
