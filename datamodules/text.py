@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections import Counter
 from typing import Any, Literal, TypeAlias
 
+import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
@@ -140,6 +141,9 @@ class TextDataModule(LightningDataModule):
             batch_size=None,  # the sampler yields whole batches
             collate_fn=collate,
             num_workers=self.num_workers,
+            # each iterator draws a seed; from torch's own generator, a run that is resumed at the end of an epoch, and
+            # makes one iterator less, would drop other values than the uninterrupted one
+            generator=torch.Generator(),
             persistent_workers=self.num_workers > 0,
         )
 

@@ -79,6 +79,21 @@ def test_checkpoints_hold_plain_containers(make_trainer: MakeTrainer, tmp_path: 
     make_trainer(max_epochs=2, callbacks=callbacks[:3]).fit(Named(), make_loader(), ckpt_path=path)  # the default
 
 
+@pytest.mark.parametrize("step", [9, 10, 11])
+def test_resuming_at_the_end_of_an_epoch_drops_what_the_run_would_have_dropped(
+    step: int, make_backbone: MakeBackbone, make_data: MakeData, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    """The iterator that Lightning makes for an epoch draws a seed, and a resumed run does not make the same ones."""
+    path, ends = tmp_path / "run.ckpt", []
+    for options in ({}, {"ckpt_path": path, "weights_only": True}):
+        module = make_backbone(adapter={"dropout": 0.2})
+        trainer = make_trainer(max_epochs=2, limit_val_batches=0, callbacks=[SaveAt(path, step)])
+        trainer.fit(module, datamodule=make_data(), **options)
+        assert trainer.global_step == 20
+        ends.append(values(module))
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
 # Injection -----------------------------------------------------------------------------------------------------------
 
 
