@@ -86,7 +86,8 @@ def stream_weights(
     norms_sq: dict[int, list[Tensor]] = {weight: [] for weight in axes}
     tensors = model.state_dict(keep_vars=True)
     for file, weights in sources.items():
-        with safe_open(file, framework="pt") as reader:
+        # Lightning builds models with the GPU as default device, where safetensors would put whole tensors
+        with torch.device("cpu"), safe_open(file, framework="pt") as reader:
             for name, key in weights.items():
                 tensor, weight = tensors[name], _base_name(name)
                 whole_elsewhere = mesh is not None and mesh.get_local_rank() != 0 and not isinstance(tensor, DTensor)
