@@ -26,8 +26,8 @@ def decayed(module: torch.nn.Module, **options: Any) -> AdamW:
 
 
 def chain(optimizer: Optimizer) -> Any:
-    warmup, decay = lrs.LinearLR(optimizer, 0.1, total_iters=4), lrs.CosineAnnealingLR(optimizer, T_max=STEPS - 4)
-    return lrs.SequentialLR(optimizer, [warmup, decay], milestones=[4])
+    warmup, decay = lrs.LinearLR(optimizer, 0.1, total_iters=6), lrs.CosineAnnealingLR(optimizer, T_max=STEPS - 6)
+    return lrs.SequentialLR(optimizer, [warmup, decay], milestones=[6])
 
 
 SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
