@@ -26,6 +26,7 @@ from rich.table import Table
 import dora_lightning
 import dora_lightning.backbones
 import dora_lightning.callbacks
+from dora_lightning.backbones import Backbone
 from dora_lightning.offline import generate, merge
 from dora_lightning.runs import RESULT_FILE, next_version, unfinished_run, write_result
 
@@ -137,6 +138,10 @@ class DoRACLI(LightningCLI):
         before = self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)[0]
         if self.trainer.is_global_zero and folder is not None:
             write_result(folder, BEFORE_FILE, before)
+
+    def test(self, **kwargs: Any) -> None:
+        """Lightning's table of metrics is left out where a backbone prints one of its own."""
+        self.trainer.test(**kwargs | ({"verbose": False} if isinstance(self.model, Backbone) else {}))
 
     def after_fit(self) -> None:
         """Say what came out, and mark the run as finished."""
