@@ -27,6 +27,7 @@ import dora_lightning
 import dora_lightning.backbones
 import dora_lightning.callbacks
 from dora_lightning.backbones import Backbone
+from dora_lightning.callbacks import DoRA
 from dora_lightning.offline import generate, merge
 from dora_lightning.runs import RESULT_FILE, next_version, unfinished_run, write_result
 
@@ -87,6 +88,12 @@ class DoRACLI(LightningCLI):
         # the data module's tokenizer is that of the model, named once
         parser.link_arguments("model.init_args.model_name_or_path", "data.init_args.tokenizer", apply_on="parse")
         parser.add_argument(
+            "--dora",
+            type=DoRA | None,
+            default=None,
+            help="Adapters for a module of your own, by the callback DoRA: --dora.rank 32.",
+        )
+        parser.add_argument(
             "--resume",
             type=bool,
             default=False,
@@ -126,6 +133,9 @@ class DoRACLI(LightningCLI):
             version, checkpoint = unfinished
             config.ckpt_path = str(checkpoint)
             rank_zero_info(f"Resuming the interrupted run {checkpoint.parent.parent}; --resume false starts a new one")
+        if config.dora is not None:
+            callbacks = config.trainer.callbacks or []
+            kwargs["callbacks"] = [config.dora, *(callbacks if isinstance(callbacks, list) else [callbacks])]
         if config.trainer.logger in (None, True):
             kwargs |= {"logger": _loggers(root, version), "default_root_dir": str(root)}
         return super().instantiate_trainer(**kwargs)

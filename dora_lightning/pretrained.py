@@ -239,7 +239,9 @@ def _convert_gguf(path: Path) -> Path:
     config = model.config
     # a model that knows it came from GGUF refuses save_pretrained
     del config.quantization_config
-    plain = type(model)(config)
+    with torch.random.fork_rng(devices=[]):
+        # what follows must not depend on whether the cache was empty
+        plain = type(model)(config)
     plain.load_state_dict(model.state_dict())
     plain.generation_config = GenerationConfig.from_model_config(config)
     folder.parent.mkdir(parents=True, exist_ok=True)
