@@ -233,6 +233,10 @@ class MagnitudeLinear(AdapterLayer):
 
     def reset_parameters(self) -> None:
         """Set the magnitude to the norm of the base weight."""
+        self.reset_magnitude()
+
+    def reset_magnitude(self) -> None:
+        """Set the magnitude to the present norm; call it after setting the base by hand."""
         with torch.no_grad():
             self.magnitude.copy_(self.norm())
 

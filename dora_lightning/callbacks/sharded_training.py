@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
+from dora_lightning.adapters import DoRALinear, MagnitudeLinear, adapter_layers
 from dora_lightning.training.adapter_run import run_of
 from dora_lightning.training.build_steps import BuildStep, after_model_is_built
 from dora_lightning.training.sharded_checkpoint import use_adapter_checkpoints
@@ -80,7 +81,11 @@ class ShardedTraining(Callback):
         if any(isinstance(module, FSDPModule) for module in pl_module.modules()):
             return  # a second call of configure_model, or a later stage
         if self.base_dtype is not None:
+            # a magnitude that starts as the norm of the base must do so of the base as it is computed with
+            fresh = [layer for layer in _with_magnitude(pl_module) if _starts_at_norm(layer)]
             cast_frozen(pl_module, self.base_dtype)
+            for layer in fresh:
+                layer.reset_magnitude()
         strategy = trainer.strategy
         sharded = isinstance(strategy, ModelParallelStrategy)
         blocks = find_blocks(pl_module, self.blocks) if sharded or self.activation_checkpointing else []
@@ -103,6 +108,14 @@ class ShardedTraining(Callback):
                 # Lightning moves the module when it stops, and an error of torch's would hide this one
                 allocate(pl_module, strategy.root_device)
                 raise
+
+
+def _with_magnitude(module: nn.Module) -> list[DoRALinear | MagnitudeLinear]:
+    return [layer for _, layer in adapter_layers(module) if isinstance(layer, (DoRALinear, MagnitudeLinear))]
+
+
+def _starts_at_norm(layer: DoRALinear | MagnitudeLinear) -> bool:
+    return not layer.magnitude.is_meta and torch.equal(layer.magnitude, layer.norm())
 
 
 def cast_frozen(module: nn.Module, dtype: torch.dtype) -> None:

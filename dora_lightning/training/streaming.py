@@ -54,7 +54,7 @@ def stream_weights(
     """Allocate what is on the meta device, fill it from the base's files, and start the adapters.
 
     Adapters start as they do on a model with weights: ``lora_A`` is drawn from the CPU's random numbers in the order of
-    the modules, ``lora_B`` is zero, the magnitude is the norm of the weight before ``ShardedTraining`` casts it.
+    the modules, ``lora_B`` is zero, the magnitude is the norm of the weight as it is held here.
 
     Args:
         module: holds one model with adapters; sharded by ``fully_shard``, or not at all. To be called on every process.
@@ -95,7 +95,8 @@ def stream_weights(
                     if weight in dtypes and not whole_elsewhere:
                         identity.add(weight, piece, first, tensor.numel())
                     if axis := axes.get(id(tensor)):
-                        norms_sq[id(tensor)].append(weight_norm_sq(piece if axis == "out" else piece.T))
+                        used = piece.to(tensor.dtype)  # what the forward pass computes with
+                        norms_sq[id(tensor)].append(weight_norm_sq(used if axis == "out" else used.T))
     for layer in adapters:
         _start(layer, norms_sq.get(id(layer.weight), []))
     return identity.whole(_gathered(identity.parts(), mesh))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from plain_modules import Plain, make_loader, values
 from sharded_run import STEPS, STOP, fit
@@ -17,6 +17,7 @@ from tiny import MakeBackbone, MakeData, MakeTrainer, save_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from dora_lightning.adapters import adapter_layers
 from dora_lightning.callbacks import DoRA, ShardedTraining
 from dora_lightning.callbacks.sharded_training import cast_frozen, checkpoint_activations, find_blocks
 
@@ -166,6 +167,25 @@ def test_base_dtypes(make_backbone: MakeBackbone, make_data: MakeData, make_trai
     )
     dtypes = {p.requires_grad: p.dtype for p in module.parameters()}
     assert dtypes == {True: torch.float32, False: getattr(torch, dtype or "float32")}
+
+
+@pytest.mark.parametrize("extra", [{}, {"method": "magnitude"}])
+def test_magnitudes_start_as_the_norms_of_the_cast_base(make_trainer: MakeTrainer, extra: Any) -> None:
+    class AtStart(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            layers = [layer for _, layer in adapter_layers(pl_module)]
+            assert layers
+            for layer in layers:
+                exact = layer.weight.double().norm(dim=1)
+                assert layer.weight.dtype == torch.bfloat16
+                assert torch.allclose(layer.magnitude.double(), exact, rtol=1e-6)
+                assert torch.equal(layer.magnitude, layer.norm())
+
+    options = extra or {"rank": 2}
+    trainer = make_trainer(
+        max_steps=1, precision="bf16-mixed", callbacks=[ShardedTraining(), DoRA(**options), AtStart()]
+    )
+    trainer.fit(Plain(), make_loader())
 
 
 def test_integers_stay_as_they_are() -> None:
