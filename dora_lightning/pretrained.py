@@ -238,7 +238,8 @@ def _convert_gguf(path: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     config = model.config
     # a model that knows it came from GGUF refuses save_pretrained
-    del config.quantization_config
+    if hasattr(config, "quantization_config"):  # transformers 5.0 leaves none
+        del config.quantization_config
     with torch.random.fork_rng(devices=[]):
         # what follows must not depend on whether the cache was empty
         plain = type(model)(config)
