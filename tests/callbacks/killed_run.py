@@ -95,8 +95,13 @@ def run(llama: str, folder: Path, pipe: int) -> None:
     trainer.save_checkpoint(folder / "end.ckpt")
 
 
-def attempt(llama: str, folder: Path, batches: int | None, seconds: float = 0.0) -> dict[str, Any]:
-    """Fork, run, and kill ``seconds`` after so many batches have begun (-1: after the fork), or let it finish."""
+def attempt(
+    llama: str, folder: Path, batches: int | None, seconds: float = 0.0, aim: str | None = None
+) -> dict[str, Any]:
+    """Fork, run, and kill, or let it finish.
+
+    It is killed ``seconds`` after so many batches have begun (-1: after the fork), or after the next phase ``aim``.
+    """
     reader, writer = os.pipe()
     phase[0] = 0
     child = os.fork()
@@ -119,6 +124,9 @@ def attempt(llama: str, folder: Path, batches: int | None, seconds: float = 0.0)
     with os.fdopen(reader) as pipe:
         lines = [pipe.readline() for _ in range(0 if batches is None else batches + 1)]
         if batches is not None:
+            give_up = time.monotonic() + 5  # the run may end before such a phase comes
+            while aim is not None and phase[0] != PHASES.index(aim) and time.monotonic() < give_up:
+                pass
             time.sleep(seconds)
             os.kill(child, signal.SIGKILL)
         lines += pipe.readlines()
@@ -169,7 +177,11 @@ def same_end(folder: Path, other: Path) -> bool:
 
 
 def main(llama: str, root: Path, kills: int, seed: int) -> dict[str, Any]:
-    """Kill ``kills`` times within some batches from the start of training, one time in six before that."""
+    """Kill ``kills`` times within some batches from the start of training, one time in six before that.
+
+    Two kills in four are aimed at a save and at a merge: those are short, and a load on the machine changes how often
+    a random moment falls into one.
+    """
     random_ = random.Random(seed)
     merge_on_save.merge_to_folder = in_phase("merging", merge_to_folder)
     io = atomic_checkpoint.AtomicCheckpointIO
@@ -186,8 +198,10 @@ def main(llama: str, root: Path, kills: int, seed: int) -> dict[str, Any]:
     folder.mkdir()
     while sum(phases.values()) < kills:
         last = check_disk(llama, folder, root / "scratch")
-        batches = -1 if random_.random() < 1 / 6 else random_.randrange(12)
-        result = attempt(llama, folder, batches, random_.uniform(0, 0.2 if batches < 0 else seconds))
+        aim = (None, "saving", None, "merging")[sum(phases.values()) % 4]
+        batches = -1 if aim is None and random_.random() < 1 / 6 else random_.randrange(12)
+        within = 0.001 if aim else 0.2 if batches < 0 else seconds
+        result = attempt(llama, folder, batches, random_.uniform(0, within), aim)
         assert result["step"] in (None, last), (result, last)
         if result["killed"] and not (folder / "end.ckpt").exists():
             phases[result["phase"]] += 1
