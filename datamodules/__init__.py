@@ -12,7 +12,7 @@ from datamodules.commonsense_rows import (
     recognise_task,
     render_row,
 )
-from datamodules.encoding import IGNORE, Collator, EncodedDataset, EncodedSample, encode_samples
+from datamodules.encoding import Collator, EncodedDataset, EncodedSample, encode_samples
 from datamodules.everyday import EverydayDataModule
 from datamodules.everyday_questions import everyday_questions
 from datamodules.resuming import ResumableDataLoader, resume_sampler
@@ -20,6 +20,7 @@ from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, read_row
 from datamodules.sampling import LengthGroupedSampler
 from datamodules.templates import TEMPLATES, PromptTemplate, get_template
 from datamodules.text import Stage, TextDataModule
+from dora_lightning.data import IGNORE
 
 __all__ = [
     "ARC_OR_OPENBOOKQA",

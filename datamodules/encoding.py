@@ -8,10 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from dora_lightning.data import Sample
-
-IGNORE = -100
-"""The label that cross-entropy leaves out."""
+from dora_lightning.data import IGNORE, Sample
 
 _PAD_MULTIPLE = 8  # tensor cores want it, and the published collator does it
 _CHUNK = 1024

@@ -2,6 +2,9 @@
 
 from typing import Any, NamedTuple
 
+IGNORE = -100
+"""Label of a position that is not supervised, as everywhere in torch and transformers."""
+
 
 class Sample(NamedTuple):
     """One training or evaluation example, whatever data set it came from.

@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write ``text`` beside ``path`` and rename it, so that no reader and no crash sees half of it."""
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Let ``write`` fill a file beside ``path`` and rename it, so that no reader and no crash sees half of it.
+
+    What a process that was killed in the midst of it has left behind is removed.
+    """
+    prefix = f".{path.name}.partial-"
+    for leftover in path.parent.glob(f"{prefix}*"):
+        leftover.unlink(missing_ok=True)
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=prefix)
     try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(partial, 0o644)
         os.replace(partial, path)
     except BaseException:
-        os.unlink(partial)
+        Path(partial).unlink(missing_ok=True)
         raise
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """As :func:`write_atomically`, for a text in UTF-8."""
+
+    def write(file: IO[bytes]) -> None:
+        file.write(text.encode())
+
+    write_atomically(path, write)

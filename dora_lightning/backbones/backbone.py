@@ -21,6 +21,7 @@ from dora_lightning.adapters import AdapterConfig, inject_adapters
 from dora_lightning.data import Sample
 from dora_lightning.files import write_text_atomically
 from dora_lightning.task import Task
+from dora_lightning.training.adapter_checkpoint import frozen_names
 from dora_lightning.training.adapter_run import AdapterRun
 from dora_lightning.training.parameter_groups import parameter_groups
 from dora_lightning.training.schedules import WarmupDecay
@@ -255,8 +256,6 @@ class Backbone(LightningModule):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As ever, but the frozen base, which no checkpoint holds, is not reported as missing."""
         loaded = super().load_state_dict(state_dict, strict, assign)
-        frozen = {
-            name for name, parameter in self.named_parameters(remove_duplicate=False) if not parameter.requires_grad
-        }
+        frozen = frozen_names(self)
         loaded.missing_keys[:] = [name for name in loaded.missing_keys if name not in frozen]
         return loaded

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-IGNORE = -100
-"""Label of a position that is not supervised, as everywhere in torch and transformers."""
+from dora_lightning.data import IGNORE
 
 # models that change the output embedding's product before the softmax
 _LOGIT_OPTIONS = ("final_logit_softcapping", "logits_scaling", "logit_scale")

@@ -43,7 +43,7 @@ def write_adapter_entry(
     checkpoint: dict[str, Any], module: nn.Module, config: AdapterConfig, base: dict[str, Any], prefix: str
 ) -> None:
     """Reduce a Lightning checkpoint to what trains, and add the ``dora_lightning`` entry, in place."""
-    frozen = _frozen_names(module)
+    frozen = frozen_names(module)
     for states in _MODEL_STATES:
         if states in checkpoint:
             checkpoint[states] = {k: v for k, v in checkpoint[states].items() if k not in frozen}
@@ -69,7 +69,7 @@ def check_adapter_entry(
     differing = [f"{k}={v!r} (here {getattr(config, k)!r})" for k, v in vars(saved).items() if getattr(config, k) != v]
     if differing:
         raise ValueError(f"the checkpoint's adapter was made with another config: {', '.join(differing)}")
-    frozen = _frozen_names(module)
+    frozen = frozen_names(module)
     expected = {name: value for name, value in module.state_dict().items() if name not in frozen}
     present = checkpoint["state_dict"]
     if missing := expected.keys() - present.keys():
@@ -84,7 +84,7 @@ def check_adapter_entry(
 
 def add_frozen(checkpoint: dict[str, Any], module: nn.Module) -> None:
     """Put the frozen tensors of ``module`` into a checkpoint that was read, for who loads it strictly, in place."""
-    frozen = _frozen_names(module)
+    frozen = frozen_names(module)
     base = {name: value for name, value in module.state_dict().items() if name in frozen}
     for states in _MODEL_STATES:
         if states in checkpoint:
@@ -112,6 +112,11 @@ def read_adapter_checkpoint(path: str | Path) -> AdapterCheckpoint:
     return AdapterCheckpoint(AdapterConfig(**entry["adapter"]), entry["base"], tensors)
 
 
+def frozen_names(module: nn.Module) -> set[str]:
+    """Every dotted name of a parameter that does not train; a tied one has several."""
+    return {name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+
+
 def _entry(checkpoint: dict[str, Any], what: str) -> dict[str, Any]:
     entry = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
     if entry is None:
@@ -119,10 +124,6 @@ def _entry(checkpoint: dict[str, Any], what: str) -> dict[str, Any]:
     if entry["format_version"] > FORMAT_VERSION:
         raise ValueError(f"{what} has format {entry['format_version']}, this version reads up to {FORMAT_VERSION}")
     return entry
-
-
-def _frozen_names(module: nn.Module) -> set[str]:
-    return {name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
 
 
 def _listing(names: Iterable[str]) -> str:

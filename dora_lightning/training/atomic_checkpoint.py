@@ -6,8 +6,6 @@ on most clusters, the move is a copy, and a process killed in it leaves half a `
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from typing_extensions import override
+
+from dora_lightning.files import write_atomically
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -28,20 +28,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{target.name}.partial-"
-        for leftover in target.parent.glob(f"{prefix}*"):
-            leftover.unlink(missing_ok=True)  # of a process that was killed
-        descriptor, partial = tempfile.mkstemp(dir=target.parent, prefix=prefix)
-        try:
-            with open(descriptor, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(partial, 0o644)
-            os.replace(partial, target)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        write_atomically(target, lambda file: torch.save(checkpoint, file))
 
 
 def write_checkpoints_atomically(strategy: Strategy) -> None:

@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from dora_lightning.training.adapter_checkpoint import frozen_names
+
 
 def use_adapter_checkpoints(strategy: ModelParallelStrategy) -> None:
     """Let ``strategy`` save and restore what trains, whole, on the first process."""
@@ -31,7 +33,7 @@ def use_adapter_checkpoints(strategy: ModelParallelStrategy) -> None:
 def _module_state(strategy: ModelParallelStrategy) -> dict[str, Tensor]:
     module = strategy.lightning_module
     assert module is not None
-    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    frozen = frozen_names(module)
     return {name: whole_tensor(t) for name, t in module.state_dict().items() if name not in frozen}
 
 
