@@ -25,10 +25,14 @@ class Sample(NamedTuple):
     """Answers that count as right, as the task's extraction reads them out of a generated text."""
 
     images: tuple[Any, ...] = ()
-    """Images the prompt refers to, in order."""
+    """Images the prompt refers to, in the order of its ``<image>`` placeholders; see :mod:`dora_lightning.images`."""
 
     source: str = ""
     """Name of the data set, e.g. ``boolq``; scores are reported per source."""
 
     row: dict[str, Any] | None = None
     """The row as it was read, written back beside the prediction."""
+
+    answered: tuple[tuple[int, int], ...] = ()
+    """Spans ``[start, end)`` of characters of ``prompt`` that the model is trained to write too: the earlier answers of
+    a conversation."""

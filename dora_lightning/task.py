@@ -44,6 +44,14 @@ class Task(nn.Module):
         """One row per sample judged in this process: what was read and what the model answered."""
         raise NotImplementedError
 
+    def files(self, records: list[dict[str, Any]]) -> dict[str, bytes]:
+        """Files to write beside the predictions at the end of a test, name -> content.
+
+        Args:
+            records: rows of :meth:`records`, of all processes.
+        """
+        return {}
+
     def table(self, metrics: dict[str, Tensor]) -> RenderableType:
         """The metrics of :meth:`compute` as something to print."""
         raise NotImplementedError
