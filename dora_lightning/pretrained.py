@@ -76,10 +76,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except OSError as error:
-        raise _not_loaded(name, "tokenizer", error) from error
+        raise not_loaded(name, "tokenizer", error) from error
+    give_padding_token(tokenizer)
+    return tokenizer
+
+
+def give_padding_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer without a padding token pad with another one."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return tokenizer
 
 
 def local_folder(name: str) -> Path:
@@ -127,7 +132,7 @@ def load_causal_lm(
             return _causal_lm_without_weights(local_folder(name), dtype, attn_implementation)
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attn_implementation)
     except OSError as error:
-        raise _not_loaded(name, "model", error) from error
+        raise not_loaded(name, "model", error) from error
 
 
 def cache_folder() -> Path:
@@ -172,7 +177,8 @@ def _stored_dtype(folder: Path) -> torch.dtype:
         return next((names[name] for name in stored if name in names), torch.float32)
 
 
-def _not_loaded(name: str, what: str, error: OSError) -> OSError:
+def not_loaded(name: str, what: str, error: OSError) -> OSError:
+    """The error that says what could not be loaded and what was expected."""
     reason = str(error).strip().partition("\n")[0]
     return OSError(
         f"could not load the {what} of {name!r}: {reason}\n"

@@ -1,0 +1,46 @@
+"""What turns text and images into the inputs of a vision-language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoProcessor, ProcessorMixin
+
+from dora_lightning.pretrained import give_padding_token, not_loaded, resolve_pretrained
+
+
+def load_processor(name: str) -> Any:
+    """Processor of a LLaVA-style model: its ``tokenizer``, ``image_processor`` and ``image_token``.
+
+    Args:
+        name: see :func:`~dora_lightning.pretrained.resolve_pretrained`.
+
+    Raises:
+        OSError: there is none to be had.
+        ValueError: the model is a language model alone, or its images are no placeholder tokens in the text.
+    """
+    source = resolve_pretrained(name)
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+    except OSError as error:
+        raise not_loaded(name, "processor", error) from error
+    if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
+        raise ValueError(f"{name} is a language model alone: expected a LLaVA-style model that reads images")
+    if not hasattr(processor, "image_token") or not hasattr(processor, "_get_num_multimodal_tokens"):
+        raise ValueError(f"{type(processor).__name__} has no image token: expected a LLaVA-style model")
+    give_padding_token(processor.tokenizer)
+    return processor
+
+
+def image_token_counts(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """How many tokens each image takes in the text.
+
+    Args:
+        processor: as :func:`load_processor` gives it.
+        sizes: ``(width, height)`` of each image, in pixels, as the image processor gets it.
+    """
+    if not sizes:
+        return []
+    heights_first = [(height, width) for width, height in sizes]
+    return list(processor._get_num_multimodal_tokens(image_sizes=heights_first)["num_image_tokens"])
