@@ -13,13 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dora_lightning.training.stored_names import base_name, stored_names
+
 _SAMPLES = 8
 # two roundings to half precision of the same number differ by less than this
 _OTHER_DTYPE_RTOL = 2.0**-7
 
 
 def base_identity(model: nn.Module, name: str) -> dict[str, Any]:
-    """Name of the base model, and a checksum and a few values of each of its frozen weights, in plain containers.
+    """What a base model is, in plain containers.
+
+    Its name, a checksum and a few values of each of its frozen weights, and the names of weights that its files call
+    otherwise than the model does.
 
     Args:
         model: the model with real weights, with or without adapters.
@@ -27,20 +32,20 @@ def base_identity(model: nn.Module, name: str) -> dict[str, Any]:
     """
     # a shard is no sample of the whole; adapters are injected, and this is called, before sharding
     frozen = {
-        key.replace(".base_layer.", "."): parameter
+        base_name(key): parameter
         for key, parameter in model.named_parameters()
         if not parameter.requires_grad
         and parameter.is_floating_point()
         and not parameter.is_meta
         and not isinstance(parameter, DTensor)
     }
-    return _identity(frozen, name)
+    return _identity(frozen, name) | {"stored_names": stored_names(model)}
 
 
 def awaited_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
     """Name in the base -> dtype, of the frozen weights that are still on the meta device."""
     return {
-        key.replace(".base_layer.", "."): parameter.dtype
+        base_name(key): parameter.dtype
         for key, parameter in model.named_parameters()
         if not parameter.requires_grad and parameter.is_floating_point() and parameter.is_meta
     }
@@ -61,7 +66,7 @@ def check_same_base(saved: dict[str, Any], present: dict[str, Any]) -> None:
 
 
 def check_weight_of_base(saved: dict[str, Any], key: str, weight: Tensor, name: str) -> None:
-    """As :func:`check_same_base`, for one weight of the base ``name``; a weight that was not recorded passes."""
+    """As :func:`check_same_base`, for the weight ``key`` of the base ``name``; one that was not recorded passes."""
     if key in saved["samples"]:
         _compare(saved, _identity({key: weight}, name), key)
 
@@ -72,8 +77,9 @@ class StreamedIdentity:
     Each process adds the rows it holds; sums of bits, and values, add up to those of the whole.
     """
 
-    def __init__(self, name: str, dtypes: Mapping[str, torch.dtype]) -> None:
+    def __init__(self, name: str, dtypes: Mapping[str, torch.dtype], stored: Mapping[str, str]) -> None:
         self._name = name
+        self._stored = dict(stored)
         self._dtypes = dict(dtypes)
         self._sums: dict[str, int] = {}
         self._values: dict[str, dict[int, float]] = {}
@@ -108,6 +114,7 @@ class StreamedIdentity:
             # wraps around as the sum of 64-bit numbers does
             "checksums": {key: (value + 2**63) % 2**64 - 2**63 for key, value in checksums.items()},
             "dtypes": {key: str(dtype) for key, dtype in self._dtypes.items()},
+            "stored_names": self._stored,
         }
 
 

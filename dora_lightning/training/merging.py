@@ -25,6 +25,7 @@ from dora_lightning.adapters.summary import parameter_group
 from dora_lightning.pretrained import local_folder
 from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint
 from dora_lightning.training.base_identity import check_weight_of_base
+from dora_lightning.training.stored_names import base_name
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
 
@@ -60,7 +61,9 @@ def merge_to_folder(
     files = sorted(source.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{source} holds no safetensors files, the only kind of weights that is read")
-    updates = _group_by_module(adapter.tensors)
+    # absent from checkpoints that were written before there were such models
+    stored = adapter.base.get("stored_names", {})
+    updates = {stored.get(name, name): update for name, update in _group_by_module(adapter.tensors).items()}
     _check_weights_exist(files, updates, source)
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +95,7 @@ def merge_to_folder(
 def _merge_file(
     source: Path, target: Path, adapter: AdapterCheckpoint, updates: Mapping[str, Mapping[str, Tensor]], base: str
 ) -> None:
+    own_names = {key: name for name, key in adapter.base.get("stored_names", {}).items()}
     with open(source, "rb") as reader, open(target, "wb") as writer, safe_open(source, framework="pt") as weights:
         length = reader.read(8)
         header = reader.read(int.from_bytes(length, "little"))
@@ -99,7 +103,7 @@ def _merge_file(
         writer.write(header)
         for name in _in_file_order(header):
             tensor = weights.get_tensor(name)
-            check_weight_of_base(adapter.base, name, tensor, base)
+            check_weight_of_base(adapter.base, own_names.get(name, name), tensor, base)
             if update := updates.get(name):
                 tensor = _merged(name, tensor, update, adapter.config)
             _write_tensor(writer, tensor)
@@ -141,7 +145,7 @@ def _group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tenso
     for name, tensor in tensors.items():
         group = parameter_group(name)
         weight = name if group == "other" else name.rpartition(".")[0] + ".weight"
-        updates.setdefault(weight.replace(".base_layer.", "."), {})[group] = tensor.detach().cpu()
+        updates.setdefault(base_name(weight), {})[group] = tensor.detach().cpu()
     return updates
 
 

@@ -24,6 +24,7 @@ from dora_lightning.adapters.functional import NORM_EPS, weight_norm_sq
 from dora_lightning.adapters.layers import AdapterLayer, DoRALinear, LoRALinear, MagnitudeLinear, draw_low_rank
 from dora_lightning.pretrained import local_folder, weight_files
 from dora_lightning.training.base_identity import StreamedIdentity
+from dora_lightning.training.stored_names import base_name, stored_names
 
 # rows are read and converted this many elements at a time
 _PIECE = 2**24
@@ -77,11 +78,12 @@ def stream_weights(
             f"the adapted {type(model).__name__} is on the meta device and is no transformers model, which knows where "
             "its weights are; name the part that is one (module of the callback DoRA)"
         )
-    sources = _sources(model, local_folder(base))
+    stored = stored_names(model)
+    sources = _sources(model, local_folder(base), stored)
     adapters = [layer for _, layer in adapter_layers(model) if any(p.is_meta for p in layer.parameters(recurse=False))]
     allocate(module, device)
     mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
-    identity = StreamedIdentity(base, dtypes)
+    identity = StreamedIdentity(base, dtypes, stored)
     axes = {id(layer.weight): layer.norm_axis for layer in adapters if isinstance(layer, (DoRALinear, MagnitudeLinear))}
     norms_sq: dict[int, list[Tensor]] = {weight: [] for weight in axes}
     tensors = model.state_dict(keep_vars=True)
@@ -89,7 +91,7 @@ def stream_weights(
         # Lightning builds models with the GPU as default device, where safetensors would put whole tensors
         with torch.device("cpu"), safe_open(file, framework="pt") as reader:
             for name, key in weights.items():
-                tensor, weight = tensors[name], _base_name(name)
+                tensor, weight = tensors[name], base_name(name)
                 whole_elsewhere = mesh is not None and mesh.get_local_rank() != 0 and not isinstance(tensor, DTensor)
                 for first, piece in _fill(tensor, reader.get_slice(key), dtypes.get(weight, tensor.dtype)):
                     if weight in dtypes and not whole_elsewhere:
@@ -102,7 +104,7 @@ def stream_weights(
     return identity.whole(_gathered(identity.parts(), mesh))
 
 
-def _sources(model: nn.Module, folder: Path) -> dict[Path, dict[str, str]]:
+def _sources(model: nn.Module, folder: Path, stored: Mapping[str, str]) -> dict[Path, dict[str, str]]:
     """File -> name in ``model`` -> name in the file, of all that is to be read."""
     files: dict[str, tuple[Path, list[int]]] = {}
     for file in weight_files(folder):
@@ -118,9 +120,10 @@ def _sources(model: nn.Module, folder: Path) -> dict[Path, dict[str, str]]:
     sources: dict[Path, dict[str, str]] = {}
     missing = []
     for first, *others in names.values():
-        key = next((key for key in map(_base_name, (first, *others)) if key in files), None)
+        own_names = [base_name(name) for name in (first, *others)]
+        key = next((key for name in own_names for key in (stored.get(name, name), name) if key in files), None)
         if key is None:
-            missing += [_base_name(first)] if tensors[first].is_meta else []
+            missing += [base_name(first)] if tensors[first].is_meta else []
             continue
         file, shape = files[key]
         if list(tensors[first].shape) != shape:
@@ -130,10 +133,6 @@ def _sources(model: nn.Module, folder: Path) -> dict[Path, dict[str, str]]:
         more = f" (nor {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise ValueError(f"{folder} holds no weight {missing[0]}{more}, which the model needs")
     return sources
-
-
-def _base_name(name: str) -> str:
-    return name.replace(".base_layer.", ".")
 
 
 def _fill(tensor: Tensor, source: Any, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:

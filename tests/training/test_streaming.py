@@ -90,7 +90,7 @@ def test_identity_of_pieces_is_that_of_the_whole(shape: tuple[int, ...], dtype: 
     model.weight = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype), False)
     expected = base_identity(model, "base")
     for cuts in ([0, shape[0]], [0, 1, shape[0]], [0, shape[0] // 2, shape[0]], [*range(shape[0] + 1)]):
-        parts = [StreamedIdentity("base", {"weight": dtype}) for _ in range(2)]
+        parts = [StreamedIdentity("base", {"weight": dtype}, {}) for _ in range(2)]
         for number, (start, stop) in enumerate(pairwise(cuts)):
             row = model.weight[:1].numel()
             parts[number % 2].add("weight", model.weight[start:stop], start * row, model.weight.numel())
