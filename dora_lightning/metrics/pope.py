@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dora_lightning.metrics.sample_mean import check_lengths
+from dora_lightning.metrics.sample_rows import NO_NAMES, SampleRows, decode_names, encode_names
 
 _NEGATIONS = frozenset(("No", "not", "no"))
 
@@ -34,6 +36,56 @@ def pope_scores(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, 
     tensor(0.6667)
     """
     return _scores(_read(predictions, labels))
+
+
+class POPE(SampleRows):
+    """POPE's scores in each of its splits, and the mean of their F1, by which models are compared.
+
+    ``update`` takes generated texts, as many labels (``yes`` or ``no``) and as many names of splits, e.g. ``random``,
+    ``popular`` and ``adversarial``. POPE's answer files carry no key of their own: the n-th line of a split's file is
+    the label of the n-th question of that split, so texts and labels are joined by their order there. ``compute``
+    returns ``<split>/accuracy``, ``precision``, ``recall``, ``f1`` and ``yes_ratio`` per split as :func:`pope_scores`,
+    and ``f1``, the mean over the splits; nothing if nothing was seen.
+
+    Example:
+        >>> metric = POPE()
+        >>> metric.update(["Yes", "No."], ["yes", "no"], ["random", "random"])
+        >>> metric.update(["Yes", "Yes, it is."], ["yes", "no"], ["popular", "popular"])
+        >>> scores = metric.compute()
+        >>> scores["random/f1"], scores["popular/precision"], scores["popular/yes_ratio"], scores["f1"]
+        (tensor(1.), tensor(0.5000), tensor(1.), tensor(0.8333))
+    """
+
+    pairs: list[Tensor]
+    splits: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._add_rows("pairs", torch.zeros(0, 2, dtype=torch.uint8))
+        self._add_rows("splits", NO_NAMES)
+
+    def update(self, predictions: Sequence[str], labels: Sequence[str], splits: Sequence[str]) -> None:
+        """Add answers.
+
+        Raises:
+            ValueError: as :func:`pope_scores`, or not one split per prediction, or a split's name longer than 64 bytes.
+        """
+        if len(splits) != len(predictions):
+            raise ValueError(f"got {len(predictions)} predictions for {len(splits)} splits")
+        pairs, names = _read(predictions, labels), encode_names(splits)
+        self._append("pairs", pairs)
+        self._append("splits", names)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Scores per split and the mean F1."""
+        members: dict[str, list[int]] = {}
+        for index, split in enumerate(decode_names(self._rows("splits"))):
+            members.setdefault(split, []).append(index)
+        scores = {split: _scores(self._rows("pairs")[members[split]]) for split in sorted(members)}
+        results = {f"{split}/{name}": value for split, named in scores.items() for name, value in named.items()}
+        if scores:
+            results["f1"] = torch.stack([named["f1"] for named in scores.values()]).mean()
+        return results
 
 
 def _read(predictions: Sequence[str], labels: Sequence[str]) -> Tensor:
