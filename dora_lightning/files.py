@@ -30,10 +30,15 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         raise
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """As :func:`write_atomically`, for a text in UTF-8."""
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """As :func:`write_atomically`, for a content that is there already."""
 
     def write(file: IO[bytes]) -> None:
-        file.write(text.encode())
+        file.write(content)
 
     write_atomically(path, write)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """As :func:`write_atomically`, for a text in UTF-8."""
+    write_bytes_atomically(path, text.encode())

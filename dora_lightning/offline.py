@@ -79,8 +79,7 @@ def generate(
         options["temperature"] = temperature
 
     def answer(texts: Sequence[str]) -> list[str]:
-        # a chat template writes the special tokens itself
-        return generate_texts(network, tokenizer, texts, add_special_tokens=template != CHAT, **options)
+        return generate_texts(network, tokenizer, texts, **options)
 
     if asked is None:
         _chat(answer, tokenizer, template)

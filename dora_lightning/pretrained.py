@@ -34,6 +34,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from dora_lightning.images import IMAGE
+
 PACKAGE_PREFIX = "package:"
 
 
@@ -85,6 +87,19 @@ def give_padding_token(tokenizer: PreTrainedTokenizerBase) -> None:
     """Let a tokenizer without a padding token pad with another one."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+
+
+def brings_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether a text begins with a special token, as what a chat template made does.
+
+    The tokenizer must then add none of its own, or there would be two. An image's placeholder is no such beginning.
+    """
+    return text.startswith(tuple(token for token in tokenizer.all_special_tokens if token != IMAGE))
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text, begun as the tokenizer begins one unless the text brings its special tokens."""
+    return list(tokenizer(text, add_special_tokens=not brings_special_tokens(tokenizer, text))["input_ids"])
 
 
 def local_folder(name: str) -> Path:

@@ -27,6 +27,7 @@ class AdapterConfig:
         target_modules: modules that ``method`` is applied to.
         magnitude_only_modules: modules that train their magnitude alone, whether or not they are also targets
             (reduced granularity, paper section 5.6).
+        exclude_modules: modules that neither option above reaches, whatever they match.
         detach_norm: hold the norm constant for autograd (paper, section 4.3). ``False`` gives the full gradient.
         exact_dropout: drop the base path's input too, ``W x + (g - 1) W x~ + g s B A x~``, as the official code and
             PEFT do, at the price of a second product with the base weight. Matters only where ``dropout > 0``.
@@ -43,6 +44,7 @@ class AdapterConfig:
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     magnitude_only_modules: str | list[str] = field(default_factory=list)
+    exclude_modules: str | list[str] = field(default_factory=list)
     detach_norm: bool = True
     exact_dropout: bool = False
     norm_axis: str = "out"
@@ -61,7 +63,7 @@ class AdapterConfig:
             raise ValueError(f"norm_axis must be 'out' or 'in', got {self.norm_axis!r}")
         if not self.target_modules:
             raise ValueError("target_modules is empty: name the modules to adapt, or use 'all-linear'")
-        for name in ("target_modules", "magnitude_only_modules"):
+        for name in ("target_modules", "magnitude_only_modules", "exclude_modules"):
             _check_patterns(name, getattr(self, name))
         self._check_unused_options()
 

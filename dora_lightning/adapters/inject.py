@@ -97,6 +97,8 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, str]:
         ValueError: as for :func:`inject_adapters`.
     """
     modules = _named_modules(model)
+    for name in _excluded(modules, config.exclude_modules):
+        del modules[name]
     targets = _matches(modules, config.target_modules, "target_modules", _output_embedding(model))
     magnitude_only = _matches(
         modules, config.magnitude_only_modules, "magnitude_only_modules", _output_embedding(model)
@@ -181,11 +183,7 @@ def _matches(
             raise ValueError(f"{option}: the model has no nn.Linear to adapt")
         return found
     matched: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if isinstance(patterns, str):
-            found = {name for name in modules if re.fullmatch(pattern, name)}
-        else:
-            found = {name for name in modules if name == pattern or name.endswith(f".{pattern}")}
+    for pattern, found in _found(modules, patterns):
         if not found:
             raise ValueError(f"{option}: {pattern!r} matches no module. {_what_would_match(modules, pattern)}")
         for name in sorted(found):
@@ -197,6 +195,24 @@ def _matches(
                 )
         matched |= found
     return matched
+
+
+def _excluded(modules: dict[str, nn.Module], patterns: str | list[str]) -> set[str]:
+    excluded: set[str] = set()
+    for pattern, found in _found(modules, patterns):
+        if not found:
+            raise ValueError(f"exclude_modules: {pattern!r} matches no module")
+        excluded |= found
+    return excluded
+
+
+def _found(modules: dict[str, nn.Module], patterns: str | list[str]) -> Iterator[tuple[str, set[str]]]:
+    """Each pattern, and the names that it matches: a string as a regular expression, those of a list as suffixes."""
+    if isinstance(patterns, str):
+        yield patterns, {name for name in modules if re.fullmatch(patterns, name)}
+        return
+    for pattern in patterns:
+        yield pattern, {name for name in modules if name == pattern or name.endswith(f".{pattern}")}
 
 
 def _what_would_match(modules: dict[str, nn.Module], pattern: str) -> str:

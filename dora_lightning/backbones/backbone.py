@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_lightning.adapters import AdapterConfig, inject_adapters
 from dora_lightning.data import Sample
-from dora_lightning.files import write_text_atomically
+from dora_lightning.files import write_bytes_atomically
 from dora_lightning.task import Task
 from dora_lightning.training.adapter_checkpoint import frozen_names
 from dora_lightning.training.adapter_run import AdapterRun
@@ -81,12 +81,18 @@ class Backbone(LightningModule):
         """Mean loss over supervised tokens of a batch, and how many they are."""
 
     @abstractmethod
-    def generate(self, prompts: Sequence[str], **options: Any) -> list[str]:
-        """Continuation of each prompt."""
+    def generate(self, prompts: Sequence[str], vision: Mapping[str, Tensor] | None = None, **options: Any) -> list[str]:
+        """Continuation of each prompt; ``vision`` is what an image processor made of their images."""
 
     @abstractmethod
-    def rank(self, prompts: Sequence[str], options: Sequence[Sequence[str]]) -> list[Tensor]:
+    def rank(
+        self, prompts: Sequence[str], options: Sequence[Sequence[str]], vision: Mapping[str, Tensor] | None = None
+    ) -> list[Tensor]:
         """Log-likelihood ``[options]`` of each prompt's options."""
+
+    def inject(self, model: PreTrainedModel) -> None:
+        """Put the adapters into the pretrained model, and freeze what does not train."""
+        inject_adapters(model, self.adapter)
 
     # Model and optimiser -----------------------------------------------------------------------------------------
 
@@ -95,7 +101,7 @@ class Backbone(LightningModule):
         if self.model is not None:
             return
         model, self.tokenizer = self.load_pretrained()
-        inject_adapters(model, self.adapter)
+        self.inject(model)
         model.train()  # from_pretrained returns it in evaluation mode, and Lightning keeps what it finds
         self._run.remember_base(model, self.model_name_or_path)
         self._check_weights_will_come(model)
@@ -172,7 +178,7 @@ class Backbone(LightningModule):
         if tokens:
             self.validation_loss.update(loss, weight=tokens)
         if self.judge_in_validation:
-            self._judge(batch["samples"])
+            self._judge(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss and the task's metrics."""
@@ -182,7 +188,7 @@ class Backbone(LightningModule):
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Judge the task on a batch."""
-        self._judge(batch["samples"])
+        self._judge(batch)
 
     def on_test_start(self) -> None:
         """Testing needs a task."""
@@ -197,7 +203,8 @@ class Backbone(LightningModule):
         """Generated text of each sample, with its prompt."""
         samples: list[Sample] = batch["samples"]
         options = self.task.generation if self.task is not None else None
-        texts = self.generate([sample.prompt for sample in samples], **(options or {"max_new_tokens": 64}))
+        prompts = [sample.prompt for sample in samples]
+        texts = self.generate(prompts, batch.get("vision"), **(options or {"max_new_tokens": 64}))
         rows = [{"prompt": s.prompt, "source": s.source, "output": t} for s, t in zip(samples, texts, strict=True)]
         self._predicted += rows
         return rows
@@ -207,11 +214,14 @@ class Backbone(LightningModule):
         predicted, self._predicted = self._predicted, []
         self._write_records("predictions.jsonl", predicted)
 
-    def _judge(self, samples: Sequence[Sample]) -> None:
+    def _judge(self, batch: dict[str, Any]) -> None:
         assert self.task is not None
+        samples: list[Sample] = batch["samples"]
+        vision: Mapping[str, Tensor] | None = batch.get("vision")
         prompts = [sample.prompt for sample in samples]
-        texts = self.generate(prompts, **self.task.generation) if self.task.generation is not None else None
-        scores = self.rank(prompts, [sample.options for sample in samples]) if self.task.ranks_options else None
+        texts = self.generate(prompts, vision, **self.task.generation) if self.task.generation is not None else None
+        options = [sample.options for sample in samples]
+        scores = self.rank(prompts, options, vision) if self.task.ranks_options else None
         self.task.update(samples, texts, scores)
 
     def _finish_judging(self, stage: str) -> None:
@@ -222,18 +232,22 @@ class Backbone(LightningModule):
             return
         if stage == "test" and self.trainer.is_global_zero:
             Console().print(self.task.table(metrics))
-        self._write_records(f"{stage}_predictions.jsonl", self.task.records())
+        self._write_records(f"{stage}_predictions.jsonl", self.task.records(), self.task if stage == "test" else None)
 
-    def _write_records(self, name: str, records: list[dict[str, Any]]) -> None:
-        """Write the records of all processes to one file; to be called on every process."""
-        folder = self.trainer.log_dir  # asks the first process
+    def _write_records(self, name: str, records: list[dict[str, Any]], task: Task | None = None) -> None:
+        """Write the records of all processes, and what a task makes of them; to be called on every process."""
+        log_dir = self.trainer.log_dir  # asks the first process
         gathered = self._gather(records)
-        if folder is None or not self.trainer.is_global_zero:
+        if log_dir is None or not self.trainer.is_global_zero:
             return
-        path = Path(folder) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in gathered))
-        rank_zero_info(f"Predictions: {path}")
+        folder = Path(log_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in gathered)
+        write_bytes_atomically(folder / name, lines.encode())
+        rank_zero_info(f"Predictions: {folder / name}")
+        for extra, content in (task.files(gathered) if task is not None else {}).items():
+            write_bytes_atomically(folder / extra, content)
+            rank_zero_info(f"Written: {folder / extra}")
 
     def _gather(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if self.trainer.world_size == 1:

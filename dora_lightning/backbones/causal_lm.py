@@ -1,4 +1,4 @@
-"""Losses and scores of a causal language model, with logits only where they are needed.
+"""Losses and scores of a causal or vision-language model, with logits only where they are needed.
 
 Shapes: B sequences, T tokens, D hidden features, V vocabulary, N positions that are supervised or scored. With a
 vocabulary of 128,000 the logits ``[B, T, V]`` would dominate memory; here only ``[N, V]`` exist.
@@ -6,35 +6,42 @@ vocabulary of 128,000 the logits ``[B, T, V]`` would dominate memory; here only 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_lightning.data import IGNORE
+from dora_lightning.pretrained import tokenize
 
 # models that change the output embedding's product before the softmax
 _LOGIT_OPTIONS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def supervised_loss(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    vision: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, int]:
     """Mean cross-entropy over supervised positions, and how many there are.
 
     Args:
-        model: causal language model.
-        input_ids: ``[B, T]``.
+        model: causal language model, or one that reads images too.
+        input_ids: ``[B, T]``, with as many image tokens as the images take.
         attention_mask: ``[B, T]``, 0 on padding.
         labels: ``[B, T]``, the input's own ids where supervised, ``IGNORE`` elsewhere; shifted here.
+        vision: what the image processor made of the images, in their order (``pixel_values``, ...).
     """
     targets = labels[:, 1:]
     supervised = targets != IGNORE  # [B, T - 1]
-    hidden = _decoder(model)(input_ids, attention_mask).last_hidden_state  # [B, T, D]
+    hidden = _hidden(model, input_ids, attention_mask, vision=vision)  # [B, T, D]
     logits = _logits(model, hidden[:, :-1][supervised])  # [N, V]
     count = int(supervised.sum())
     if count == 0:
@@ -48,6 +55,7 @@ def option_log_likelihoods(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     options: Sequence[Sequence[str]],
+    vision: Mapping[str, Tensor] | None = None,
 ) -> list[Tensor]:
     """Log-likelihood of each option as the continuation of its prompt, in one batch.
 
@@ -59,6 +67,7 @@ def option_log_likelihoods(
         tokenizer: its tokenizer.
         prompts: one per question.
         options: texts that are appended to the prompt without a separator, at least one per question.
+        vision: what the image processor made of the prompts' images, in their order.
 
     Returns:
         For each question ``[options]``, in fp32.
@@ -66,7 +75,7 @@ def option_log_likelihoods(
     questions = [_tokenize_options(tokenizer, p, o) for p, o in zip(prompts, options, strict=True)]
     # the last shared token is read with each option, since it predicts the option's first token
     prefixes = [shared[:-1] for shared, _ in questions]
-    if min(map(len, prefixes)) == 0:
+    if vision is None and min(map(len, prefixes)) == 0:
         prefixes = [[] for _ in questions]
     rows = [
         (question, shared[len(prefix) :], continuation)
@@ -90,11 +99,10 @@ def option_log_likelihoods(
         prefix_mask = (torch.arange(width, device=model.device) >= width - prefix_lengths[:, None]).long()
         prefix_positions = (prefix_mask.cumsum(dim=1) - 1).clamp(min=0)
         cache = DynamicCache(config=model.config)
-        _decoder(model)(prefix_ids, prefix_mask, prefix_positions, cache)
+        _hidden(model, prefix_ids, prefix_mask, prefix_positions, cache, vision)
         cache.batch_select_indices(owner)
         mask = torch.cat([prefix_mask[owner], mask], dim=1)
-    # by position: transformers renames the cache's keyword between releases
-    hidden = _decoder(model)(inputs, mask, positions, cache).last_hidden_state
+    hidden = _hidden(model, inputs, mask, positions, cache)
     log_probs = torch.zeros(scored.shape, device=model.device)
     logits = _logits(model, hidden[scored]).float()  # [N, V]
     log_probs[scored] = -F.cross_entropy(logits, targets[scored], reduction="none")
@@ -106,37 +114,39 @@ def generate_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    add_special_tokens: bool = True,
+    vision: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> list[str]:
     """Continuation of each prompt, without the prompt and without special tokens.
 
     Args:
-        model: causal language model.
+        model: causal language model, or one that reads images too.
         tokenizer: its tokenizer.
-        prompts: read as they are; padded on the left.
-        add_special_tokens: begin each prompt as the tokenizer does; False for prompts that a chat template made.
+        prompts: padded on the left; begun as the tokenizer begins a text, unless they bring its special tokens.
+        vision: what the image processor made of the prompts' images, in their order.
         options: handed to ``generate`` of transformers (``max_new_tokens``, ``num_beams``, ``do_sample``, ...).
     """
-    encoded = tokenizer(
-        list(prompts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=add_special_tokens
-    ).to(model.device)
+    rows = [tokenize(tokenizer, prompt) for prompt in prompts]
+    input_ids = _pad(rows, model.device, left=True, value=tokenizer.pad_token_id)
+    lengths = torch.tensor([len(row) for row in rows], device=model.device)
+    width = input_ids.shape[1]
     generate: Callable[..., Tensor] = cast(Any, model).generate
     output = generate(
-        input_ids=encoded["input_ids"],
-        attention_mask=encoded["attention_mask"],
+        input_ids=input_ids,
+        attention_mask=(torch.arange(width, device=model.device) >= width - lengths[:, None]).long(),
         pad_token_id=tokenizer.pad_token_id,
+        **(vision or {}),
         **options,
     )
-    return tokenizer.batch_decode(output[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
 
 
 def _tokenize_options(
     tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequence[str]
 ) -> tuple[list[int], list[list[int]]]:
     """Tokens that the prompt and all prompt-option texts begin with, and what each option adds to them."""
-    prompt_ids = tokenizer(prompt)["input_ids"]
-    full = [tokenizer(prompt + option)["input_ids"] for option in options]
+    prompt_ids = tokenize(tokenizer, prompt)
+    full = [tokenize(tokenizer, prompt + option) for option in options]
     shared = _common_start([prompt_ids, *full])
     # every option must have a token of its own to score, even if it is empty or another one's beginning
     shared = shared[: min(len(ids) for ids in full) - 1]
@@ -151,13 +161,28 @@ def _common_start(rows: Sequence[list[int]]) -> list[int]:
     return rows[0][:length]
 
 
-def _pad(rows: Sequence[Sequence[int]], device: torch.device, left: bool = False) -> Tensor:
+def _pad(rows: Sequence[Sequence[int]], device: torch.device, left: bool = False, value: int = 0) -> Tensor:
     side = "left" if left else "right"
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side=side).to(device)
+    tensors = [torch.tensor(row) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_side=side, padding_value=value).to(device)
 
 
-def _decoder(model: PreTrainedModel) -> nn.Module:
-    return model.get_decoder()
+def _hidden(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor | None = None,
+    cache: Cache | None = None,
+    vision: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """Last hidden states ``[B, T, D]``: what the output embedding is applied to."""
+    body: nn.Module = model.base_model  # of a vision-language model, the tower and the projector too
+    inputs: dict[str, Any] = dict(vision or {})
+    if cache is not None:
+        # transformers renamed the keyword
+        inputs["cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"] = cache
+    inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    return body(**inputs).last_hidden_state
 
 
 def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,13 +74,27 @@ class DoRALlama(Backbone):
         return model, load_tokenizer(self.model_name_or_path)
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
-        """Mean cross-entropy over supervised tokens, and how many they are."""
+        """Mean cross-entropy over supervised tokens, and how many they are; images are refused."""
+        _check_no_images(batch.get("vision"))
         return supervised_loss(self.language_model, batch["input_ids"], batch["attention_mask"], batch["labels"])
 
-    def generate(self, prompts: Sequence[str], **options: Any) -> list[str]:
-        """Continuation of each prompt; ``options`` as in ``generate`` of transformers."""
+    def generate(self, prompts: Sequence[str], vision: Mapping[str, Tensor] | None = None, **options: Any) -> list[str]:
+        """Continuation of each prompt; ``options`` as in ``generate`` of transformers.
+
+        Raises:
+            ValueError: there are images, which a language model cannot read.
+        """
+        _check_no_images(vision)
         return generate_texts(self.language_model, self.tokenizer, prompts, **options)
 
-    def rank(self, prompts: Sequence[str], options: Sequence[Sequence[str]]) -> list[Tensor]:
-        """Log-likelihood ``[options]`` of each prompt's options."""
+    def rank(
+        self, prompts: Sequence[str], options: Sequence[Sequence[str]], vision: Mapping[str, Tensor] | None = None
+    ) -> list[Tensor]:
+        """Log-likelihood ``[options]`` of each prompt's options; images are refused as in :meth:`generate`."""
+        _check_no_images(vision)
         return option_log_likelihoods(self.language_model, self.tokenizer, prompts, options)
+
+
+def _check_no_images(vision: Mapping[str, Tensor] | None) -> None:
+    if vision:
+        raise ValueError("DoRALlama reads text alone, and the batch has images; use DoRALlava")

@@ -29,6 +29,7 @@ class DoRA(Callback):
         dropout: dropout probability of the low-rank path's input.
         target_modules: names or dotted suffixes, one regular expression, or ``all-linear``.
         magnitude_only_modules: modules that train their magnitude alone.
+        exclude_modules: modules that neither option above reaches, whatever they match.
         detach_norm: hold the norm constant for autograd.
         exact_dropout: drop the base path's input too, as PEFT does.
         norm_axis: ``out`` or ``in``.
@@ -48,6 +49,7 @@ class DoRA(Callback):
         dropout: float = 0.0,
         target_modules: str | list[str] = "all-linear",
         magnitude_only_modules: str | list[str] | None = None,
+        exclude_modules: str | list[str] | None = None,
         detach_norm: bool = True,
         exact_dropout: bool = False,
         norm_axis: str = "out",
@@ -61,6 +63,7 @@ class DoRA(Callback):
             dropout=dropout,
             target_modules=target_modules,
             magnitude_only_modules=magnitude_only_modules or [],
+            exclude_modules=exclude_modules or [],
             detach_norm=detach_norm,
             exact_dropout=exact_dropout,
             norm_axis=norm_axis,

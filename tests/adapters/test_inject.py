@@ -67,6 +67,14 @@ def test_magnitude_only_modules_come_before_targets() -> None:
     assert layers == {"q_proj": DoRALinear, "o_proj": MagnitudeLinear, "gate_proj": MagnitudeLinear}
 
 
+@pytest.mark.parametrize("excluded", [["layers.1.self_attn.q_proj"], r".*layers\.1\.self_attn\.q.*"])
+def test_excluded_modules_are_left_alone(excluded: str | list[str]) -> None:
+    config = AdapterConfig(target_modules=["q_proj"], magnitude_only_modules="all-linear", exclude_modules=excluded)
+    found = set(find_targets(tiny_llama(), config))
+    everything = set(find_targets(tiny_llama(), AdapterConfig()))
+    assert everything - found == {"model.layers.1.self_attn.q_proj"}
+
+
 def test_lora() -> None:
     model = inject_adapters(tiny_llama(), AdapterConfig(method="lora", target_modules=["q_proj"]))
     assert {type(layer) for _, layer in adapter_layers(model)} == {LoRALinear}
@@ -112,6 +120,8 @@ def test_adapters_inside_a_larger_model() -> None:
             AdapterConfig(target_modules=["q_proj", "xyz"]),
             "'xyz' matches no module. Linear modules .* end in: down_proj",
         ),
+        (AdapterConfig(exclude_modules=["towr"]), "exclude_modules: 'towr' matches no module"),
+        (AdapterConfig(target_modules=["q_proj"], exclude_modules=r".*q_proj"), "'q_proj' matches no module"),
         (AdapterConfig(magnitude_only_modules=["oproj"]), "magnitude_only_modules: 'oproj' matches no module"),
         (AdapterConfig(target_modules=["embed_tokens"]), "matches model.embed_tokens, a Embedding; only nn.Linear"),
         (AdapterConfig(target_modules=r".*layers\.0.*"), "only nn.Linear can be adapted"),

@@ -159,7 +159,7 @@ def test_a_tokenizer_without_a_beginning_of_text(model: LlamaForCausalLM, tokeni
 
 def test_the_prompt_is_read_once(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     seen: list[torch.Size] = []
-    model.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    model.model.register_forward_pre_hook(lambda _, __, named: seen.append(named["input_ids"].shape), with_kwargs=True)
     heads: list[int] = []
     model.lm_head.register_forward_pre_hook(lambda _, inputs: heads.append(len(inputs[0])))
     option_log_likelihoods(model, tokenizer, PROMPTS[:3], OPTIONS[:3])
@@ -203,7 +203,7 @@ def test_texts_are_those_of_one_prompt_at_a_time(
 
 def test_special_tokens_may_come_with_the_prompt(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     options = {"max_new_tokens": 8, "do_sample": False}
-    written = generate_texts(model, tokenizer, ["<s>" + PROMPTS[0]], add_special_tokens=False, **options)
+    written = generate_texts(model, tokenizer, ["<s>" + PROMPTS[0]], **options)
     assert written == generate_texts(model, tokenizer, PROMPTS[:1], **options)
 
 
