@@ -45,6 +45,8 @@ class ConversationTemplate:
     """Token that ends an answer."""
     between: str = ""
     """Between an answer's end and the next question."""
+    tokens: tuple[str, ...] = ()
+    """Texts above that must each be one token; else generation would never stop, or read letters in their place."""
 
     def sample_text(self, turns: Turns) -> Rendered:
         """The conversation as text.
@@ -143,11 +145,13 @@ CONVERSATION_TEMPLATES: dict[str, ConversationTemplate] = {
         before_answer=" ASSISTANT:",
         answer_prefix=" ",
         end="</s>",
+        tokens=("</s>",),
     ),
-    # LLaVA-NeXT on LLaMA-3; the tokenizer puts <|begin_of_text|> before it
+    # LLaVA-NeXT on LLaMA-3
     "llama3": ConversationTemplate(
         opening=(
-            "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. "
+            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+            "You are a helpful language and vision assistant. "
             "You are able to understand the visual content that the user provides, "
             "and assist the user with a variety of tasks using natural language.<|eot_id|>"
         ),
@@ -155,6 +159,7 @@ CONVERSATION_TEMPLATES: dict[str, ConversationTemplate] = {
         before_answer="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
         answer_prefix="",
         end="<|eot_id|>",
+        tokens=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     ),
     # as Qwen, SmolLM2 and LLaVA-OneVision write it, a line feed after each <|im_end|>
     "chatml": ConversationTemplate(
@@ -164,6 +169,7 @@ CONVERSATION_TEMPLATES: dict[str, ConversationTemplate] = {
         answer_prefix="",
         end="<|im_end|>",
         between="\n",
+        tokens=("<|im_start|>", "<|im_end|>"),
     ),
 }
 """The templates by name; ``tokenizer`` beside them is the tokenizer's own."""
@@ -184,8 +190,7 @@ def get_conversation_template(
         tokenizer: What the text is for; the template ``tokenizer`` needs it, the others are checked against it.
 
     Raises:
-        ValueError: There is no such template, or it does not fit the tokenizer: an answer would end in characters
-            that generation never stops at.
+        ValueError: There is no such template, or it does not fit the tokenizer.
     """
     if name == TOKENIZER:
         if tokenizer is None:
@@ -193,11 +198,13 @@ def get_conversation_template(
         return TokenizerTemplate(tokenizer)
     check_conversation_template(name)
     template = CONVERSATION_TEMPLATES[name]
-    if tokenizer is not None and template.end not in tokenizer.get_vocab():
-        raise ValueError(
-            f"template {name!r} ends answers with {template.end!r}, which is no token of the tokenizer "
-            f"{tokenizer.name_or_path!r}; choose another template: {', '.join([*CONVERSATION_TEMPLATES, TOKENIZER])}"
-        )
+    if tokenizer is not None:
+        vocabulary = tokenizer.get_vocab()
+        if missing := [token for token in template.tokens if token not in vocabulary]:
+            raise ValueError(
+                f"template {name!r} does not fit the tokenizer {tokenizer.name_or_path!r}, which has no token "
+                f"{', '.join(map(repr, missing))}; choose another: {', '.join([*CONVERSATION_TEMPLATES, TOKENIZER])}"
+            )
     return template
 
 
