@@ -1,7 +1,9 @@
 """Samples -> token ids -> padded batches, with the prompt masked out of the labels."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import groupby, islice
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -9,75 +11,122 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dora_lightning.data import IGNORE, Sample
+from dora_lightning.pretrained import brings_special_tokens
 
 _PAD_MULTIPLE = 8  # tensor cores want it, and the published collator does it
 _CHUNK = 1024
+_Tokenizer: TypeAlias = Callable[..., Any]
 
 
 class EncodedSample(NamedTuple):
-    """A sample and its tokens; ``input_ids`` and ``labels`` are ``[tokens]``."""
+    """A sample and its tokens; ``input_ids`` and ``labels`` are ``[tokens]``, with one token for each image."""
 
     sample: Sample
     input_ids: torch.Tensor
     labels: torch.Tensor
+    image_tokens: tuple[int, ...] = ()
+    """How many tokens the model reads in place of each image's one."""
 
     @property
     def trains(self) -> bool:
         """Whether any token counts towards the loss."""
         return bool((self.labels != IGNORE).any())
 
+    @property
+    def length(self) -> int:
+        """Tokens that the model reads."""
+        return len(self.input_ids) + sum(self.image_tokens) - len(self.image_tokens)
+
 
 def encode_samples(
     samples: Sequence[Sample],
     tokenizer: PreTrainedTokenizerBase,
-    cutoff_len: int = 256,
+    cutoff_len: int | None = 256,
     train_on_inputs: bool = False,
 ) -> list[EncodedSample]:
     """Tokenise prompt and target as one text, so that training sees the tokens that the text really has.
 
-    Tokens beyond ``cutoff_len`` are cut off on the right; the end-of-sequence token is appended where there is room, as
-    in LLM-Adapters' ``finetune.py``. A token counts as target if it reaches past the prompt's last character, so one
-    that straddles the boundary is trained.
+    The end-of-sequence token is appended where the text does not end in a special token of its own, then tokens beyond
+    ``cutoff_len`` are cut off on the right, as in LLM-Adapters' ``finetune.py``. A token counts as target if it reaches
+    past the prompt's last character, so one that straddles the boundary is trained; likewise one that reaches into a
+    span of ``Sample.answered``.
 
     Args:
         samples: What to encode.
-        tokenizer: A fast tokenizer gives the boundary by character offsets; for a slow one it is where the tokens
-            of the prompt alone and of the whole text part.
-        cutoff_len: Most tokens in a sequence.
+        tokenizer: A fast tokenizer says which characters a token stands for; with a slow one, boundaries are where
+            the tokens of the text up to there and of the whole text part.
+        cutoff_len: Most tokens in a sequence; None to cut nothing.
         train_on_inputs: Count the prompt towards the loss too.
     """
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    ends = tuple(special.union(tokenizer.all_special_tokens))
+    eos = tokenizer.eos_token_id
     encoded: list[EncodedSample] = []
-    for start in range(0, len(samples), _CHUNK):
-        chunk = samples[start : start + _CHUNK]
-        texts = [sample.prompt + sample.target for sample in chunk]
-        options = {"truncation": True, "max_length": cutoff_len, "return_attention_mask": False}
-        tokens = tokenizer(texts, return_offsets_mapping=tokenizer.is_fast, **options)
-        if tokenizer.is_fast:
-            boundaries = [
-                next((i for i, (_, end) in enumerate(offsets) if end > len(sample.prompt)), len(offsets))
-                for sample, offsets in zip(chunk, tokens["offset_mapping"], strict=True)
-            ]
-        else:
-            prompts = tokenizer([sample.prompt for sample in chunk], **options)
-            boundaries = [
-                _common_prefix(prompt, ids)
-                for prompt, ids in zip(prompts["input_ids"], tokens["input_ids"], strict=True)
-            ]
-        for sample, ids, boundary in zip(chunk, tokens["input_ids"], boundaries, strict=True):
-            encoded.append(_encoded(sample, ids, boundary, tokenizer.eos_token_id, cutoff_len, train_on_inputs))
+    for sample, ids, trained in _tokenised(samples, tokenizer):
+        if eos is not None and ids[-1:] != [eos] and not (sample.prompt + sample.target).endswith(ends):
+            ids = [*ids, eos]
+            trained = torch.cat([trained, torch.tensor([True])])
+        input_ids = torch.tensor(
+            ids[:cutoff_len], dtype=torch.int32
+        )  # half the memory of int64; the collator widens it
+        labels = input_ids.clone()
+        if not train_on_inputs:
+            labels[~trained[:cutoff_len]] = IGNORE
+        encoded.append(EncodedSample(sample, input_ids, labels))
     return encoded
 
 
-def _encoded(
-    sample: Sample, ids: list[int], boundary: int, eos: int | None, cutoff_len: int, train_on_inputs: bool
-) -> EncodedSample:
-    if eos is not None and ids[-1:] != [eos] and len(ids) < cutoff_len:
-        ids = [*ids, eos]
-    input_ids = torch.tensor(ids, dtype=torch.int32)  # half the memory of int64; the collator widens it
-    labels = input_ids.clone()
-    if not train_on_inputs:
-        labels[:boundary] = IGNORE
-    return EncodedSample(sample, input_ids, labels)
+def _tokenised(
+    samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Sample, list[int], torch.Tensor]]:
+    """Each sample with its tokens, and ``[tokens]`` of bool: which of them the model is to write."""
+    tokenise = _tokenise_fast if tokenizer.is_fast else _tokenise_slow
+    for brought, run in groupby(
+        samples, lambda sample: brings_special_tokens(tokenizer, sample.prompt + sample.target)
+    ):
+        # verbose=False: transformers warns of texts longer than the model's window, and whoever called cuts them
+        tokenizer_call = partial(tokenizer, add_special_tokens=not brought, return_attention_mask=False, verbose=False)
+        while chunk := list(islice(run, _CHUNK)):
+            yield from zip(chunk, *tokenise(chunk, tokenizer_call), strict=True)
+
+
+def _tokenise_fast(samples: list[Sample], tokenizer: _Tokenizer) -> tuple[list[list[int]], list[torch.Tensor]]:
+    tokens = tokenizer([sample.prompt + sample.target for sample in samples], return_offsets_mapping=True)
+    masks = []
+    for sample, offsets in zip(samples, tokens["offset_mapping"], strict=True):
+        start, end = torch.tensor(offsets, dtype=torch.int32).view(-1, 2).unbind(1)
+        # all that follows the first token of the target, special tokens included, whose offsets are 0
+        trained = (end > len(sample.prompt)).cumsum(0) > 0
+        for first, last in sample.answered:
+            # byte-level tokenizers do not count white space in, so a token of nothing else starts where it ends
+            trained |= (end > first) & ((start < last) | (end <= last))
+        masks.append(trained)
+    return tokens["input_ids"], masks
+
+
+def _tokenise_slow(samples: list[Sample], tokenizer: _Tokenizer) -> tuple[list[list[int]], list[torch.Tensor]]:
+    texts = [sample.prompt + sample.target for sample in samples]
+    rows = tokenizer(texts)["input_ids"]
+    masks = []
+    for sample, text, ids in zip(samples, texts, rows, strict=True):
+        plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+        # what the tokenizer put at the beginning
+        added = next((i for i in range(len(ids)) if ids[i : i + len(plain)] == plain), 0)
+        trained = torch.zeros(len(ids), dtype=torch.bool)
+        trained[added + _tokens_before(tokenizer, text[: len(sample.prompt)], plain)[0] :] = True
+        for first, last in sample.answered:
+            start, _ = _tokens_before(tokenizer, text[:first], plain)
+            _, stop = _tokens_before(tokenizer, text[:last], plain)
+            trained[added + start : added + stop] = True
+        masks.append(trained)
+    return rows, masks
+
+
+def _tokens_before(tokenizer: _Tokenizer, beginning: str, ids: list[int]) -> tuple[int, int]:
+    """How many of a text's tokens lie within its beginning, and how many with one that reaches out of it."""
+    within = tokenizer(beginning, add_special_tokens=False)["input_ids"]
+    common = _common_prefix(within, ids)
+    return common, common + (common < len(within))
 
 
 def _common_prefix(left: list[int], right: list[int]) -> int:
@@ -89,7 +138,9 @@ class EncodedDataset(Dataset):
 
     def __init__(self, encoded: list[EncodedSample]) -> None:
         self.encoded = encoded
-        self.lengths = [len(item.input_ids) for item in encoded]
+        self.lengths = [item.length for item in encoded]
+        self.groups = [bool(item.image_tokens) for item in encoded]
+        """Which samples have images: batches hold samples of one kind."""
 
     def __len__(self) -> int:
         """Number of samples."""
