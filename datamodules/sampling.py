@@ -1,6 +1,6 @@
-"""Batches of samples of like length, so that little of a batch is padding."""
+"""Batches of samples of like length and of one kind, so that little of a batch is padding."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch.utils.data import DistributedSampler
@@ -21,9 +21,14 @@ class LengthGroupedSampler(DistributedSampler):
     on a single device with batches four times as large. Each rank gets ``ceil(samples / global batch)`` full batches:
     the last one is filled up with the first samples of the shuffle, which are seen twice in that epoch.
 
+    With ``groups``, all of that holds group by group, and a global batch is of one group: every rank has images, or
+    none has, as in LLaVA's ``group_by_modality_length`` (there the last batches of both kinds are mixed; here each is
+    filled up). The batches of all groups are shuffled together.
+
     Evaluation (``shuffle=False``): longest first, so that the largest batch fails first, dealt out to the ranks in
     turn. No sample is repeated, so batches are uneven; yet the number of batches is the same on every rank, as sharded
-    models need, unless there are fewer samples than places for them to go.
+    models need, unless there are fewer samples than places for them to go. Groups follow one another, the one with the
+    longest sample first.
 
     Args:
         lengths: The length of each sample, in tokens.
@@ -32,9 +37,11 @@ class LengthGroupedSampler(DistributedSampler):
         seed: Seed of the training order.
         num_replicas: Ranks that share the data; from ``torch.distributed`` if None, 1 where it is not initialised.
         rank: Which of them this is; likewise.
+        groups: The group of each sample, such as whether it has images; None if they are all of one.
+        group_by_length: Sort training samples by length; False for batches of any lengths, to compare with.
 
     Raises:
-        ValueError: There are no samples, or ``batch_size`` is not positive.
+        ValueError: There are no samples, not as many groups as lengths, or ``batch_size`` is not positive.
 
     Example::
 
@@ -51,11 +58,15 @@ class LengthGroupedSampler(DistributedSampler):
         seed: int = 0,
         num_replicas: int | None = None,
         rank: int | None = None,
+        groups: Sequence[Hashable] | None = None,
+        group_by_length: bool = True,
     ) -> None:
         if len(lengths) == 0:
             raise ValueError("there are no samples to draw batches from")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+        if groups is not None and len(groups) != len(lengths):
+            raise ValueError(f"expected one group for each of {len(lengths)} samples, found {len(groups)}")
         in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
         if num_replicas is None:
             num_replicas = torch.distributed.get_world_size() if in_group else 1
@@ -65,6 +76,8 @@ class LengthGroupedSampler(DistributedSampler):
         super().__init__(lengths, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.lengths = torch.as_tensor(lengths)
         self.batch_size = batch_size
+        self.group_by_length = group_by_length
+        self._groups = self._by_longest(groups)
         self.skip_batches = 0
         """Batches of this epoch that were seen before a restart; iteration leaves them out until the epoch changes."""
         self.epoch_offset = 0
@@ -89,27 +102,47 @@ class LengthGroupedSampler(DistributedSampler):
     def __len__(self) -> int:
         """Batches of this rank in a whole epoch, whatever is skipped."""
         if self.shuffle:
-            return -(-len(self.lengths) // (self.num_replicas * self.batch_size))
+            return sum(self._global_batches(group) for group in self._groups)
         return len(self._evaluation_batches())
 
     def _training_batches(self) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        global_batch = self.num_replicas * self.batch_size
-        order = torch.randperm(len(self.lengths), generator=generator)
-        # repeated as often as needed: there may be fewer samples than one global batch holds
-        filled = order.repeat(-(-len(self) * global_batch // len(order)))[: len(self) * global_batch]
-        grouped = torch.cat([self._longest_first(mega) for mega in filled.split(MEGA_BATCH * global_batch)])
-        global_batches = grouped.view(-1, global_batch)
+        global_batches = torch.cat([self._shuffled(group, generator) for group in self._groups])
         global_batches = global_batches[torch.randperm(len(global_batches), generator=generator)]
         # dealt out in turn, so that each rank gets as many long ones as the others
         return global_batches[:, self.rank :: self.num_replicas].tolist()
 
+    def _shuffled(self, group: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Global batches ``[batches, samples]`` of one group."""
+        global_batch = self.num_replicas * self.batch_size
+        order = group[torch.randperm(len(group), generator=generator)]
+        # repeated as often as needed: there may be fewer samples than one global batch holds
+        places = self._global_batches(group) * global_batch
+        filled = order.repeat(-(-places // len(order)))[:places]
+        if self.group_by_length:
+            filled = torch.cat([self._longest_first(mega) for mega in filled.split(MEGA_BATCH * global_batch)])
+        return filled.view(-1, global_batch)
+
+    def _global_batches(self, group: torch.Tensor) -> int:
+        return -(-len(group) // (self.num_replicas * self.batch_size))
+
     def _evaluation_batches(self) -> list[list[int]]:
-        order = self._longest_first(torch.arange(len(self.lengths)))
+        return [batch for group in self._groups for batch in self._dealt_out(group)]
+
+    def _dealt_out(self, group: torch.Tensor) -> list[list[int]]:
+        """This rank's evaluation batches of one group."""
+        order = self._longest_first(group)
         largest_share = -(-len(order) // self.num_replicas)
         count = -(-largest_share // self.batch_size)
         share = order[self.rank :: self.num_replicas]
         return [batch.tolist() for batch in share.tensor_split(count) if len(batch)]
+
+    def _by_longest(self, groups: Sequence[Hashable] | None) -> list[torch.Tensor]:
+        """The samples of each group, the group with the longest sample first."""
+        members: dict[Hashable, list[int]] = {}
+        for index in self._longest_first(torch.arange(len(self.lengths))).tolist():
+            members.setdefault(None if groups is None else groups[index], []).append(index)
+        return [torch.tensor(sorted(indices)) for indices in members.values()]
 
     def _longest_first(self, indices: torch.Tensor) -> torch.Tensor:
         return indices[self.lengths[indices].argsort(descending=True, stable=True)]

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.encoding import Collator, EncodedDataset, encode_samples
+from datamodules.encoding import Collator, EncodedDataset, EncodedSample, encode_samples
 from datamodules.resuming import ResumableDataLoader, resume_sampler
 from datamodules.rows import OnBadRow
 from datamodules.sampling import LengthGroupedSampler
@@ -36,6 +36,7 @@ class TextDataModule(LightningDataModule):
         seed: Seed of the order of training batches, and of any subset or split that a subclass draws.
         on_bad_row: Stop at the first bad row of a file (``raise``), or leave bad rows out and report how many
             (``skip``).
+        group_by_length: Put training samples of like length into a batch, so that little of it is padding.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class TextDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 42,
         on_bad_row: OnBadRow = "raise",
+        group_by_length: bool = True,
     ) -> None:
         super().__init__()
         self.tokenizer_name = tokenizer
@@ -58,6 +60,7 @@ class TextDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.on_bad_row = on_bad_row
+        self.group_by_length = group_by_length
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._datasets: dict[Stage, EncodedDataset] = {}
 
@@ -82,11 +85,24 @@ class TextDataModule(LightningDataModule):
             if name not in self._datasets:
                 self._datasets[name] = self._encode(name)
 
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, once, when the first stage is set up."""
+        return load_tokenizer(self.tokenizer_name)
+
+    def encode(self, samples: list[Sample]) -> list[EncodedSample]:
+        """The tokens of the samples of one stage."""
+        assert self.tokenizer is not None
+        return encode_samples(samples, self.tokenizer, self.cutoff_len, self.train_on_inputs)
+
+    def collator(self) -> Collator:
+        """What makes a batch of encoded samples."""
+        assert self.tokenizer is not None
+        return Collator(self.tokenizer.pad_token_id, self.cutoff_len)
+
     def _encode(self, stage: Stage) -> EncodedDataset:
         if self.tokenizer is None:
-            self.tokenizer = load_tokenizer(self.tokenizer_name)
-        samples = self.build_samples(stage)
-        encoded = encode_samples(samples, self.tokenizer, self.cutoff_len, self.train_on_inputs)
+            self.tokenizer = self.load_tokenizer()
+        encoded = self.encode(self.build_samples(stage))
         if stage == "test":
             # generation reads the prompt, so a target that was cut off loses nothing
             return EncodedDataset(encoded)
@@ -108,7 +124,14 @@ class TextDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of like length; goes on where a checkpoint stopped, to the batch."""
         dataset = self._datasets["train"]
-        sampler = LengthGroupedSampler(dataset.lengths, self.batch_size, seed=self.seed, **self._replicas())
+        sampler = LengthGroupedSampler(
+            dataset.lengths,
+            self.batch_size,
+            seed=self.seed,
+            groups=dataset.groups,
+            group_by_length=self.group_by_length,
+            **self._replicas(),
+        )
         if self.trainer is not None:
             resume_sampler(self.trainer, sampler)
         return self._loader(dataset, sampler, ResumableDataLoader)
@@ -129,17 +152,17 @@ class TextDataModule(LightningDataModule):
         dataset = self._datasets[stage]
         if not len(dataset):
             return []
-        sampler = LengthGroupedSampler(dataset.lengths, self.eval_batch_size, shuffle=False, **self._replicas())
+        sampler = LengthGroupedSampler(
+            dataset.lengths, self.eval_batch_size, shuffle=False, groups=dataset.groups, **self._replicas()
+        )
         return self._loader(dataset, sampler, DataLoader)
 
     def _loader(self, dataset: EncodedDataset, sampler: LengthGroupedSampler, cls: type[DataLoader]) -> DataLoader:
-        assert self.tokenizer is not None
-        collate = Collator(self.tokenizer.pad_token_id, self.cutoff_len)
         return cls(
             dataset,
             sampler=sampler,
             batch_size=None,  # the sampler yields whole batches
-            collate_fn=collate,
+            collate_fn=self.collator(),
             num_workers=self.num_workers,
             # each iterator draws a seed; from torch's own generator, a run that is resumed at the end of an epoch, and
             # makes one iterator less, would drop other values than the uninterrupted one
