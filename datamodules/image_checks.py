@@ -1,0 +1,124 @@
+"""Which samples have images that can be trained on, found out before a run starts."""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from datamodules.rows import OnBadRow
+from dora_lightning.data import Sample
+from dora_lightning.images import IMAGE, check_image
+
+_MANY = 1000  # images that take long enough to say so
+_SECONDS = 30.0  # between messages of how far it is
+
+
+class ImageSample(NamedTuple):
+    """A sample whose images can be used."""
+
+    sample: Sample
+    sizes: tuple[tuple[int, int], ...]
+    """``(width, height)`` of each image, in pixels."""
+
+
+def sample_name(sample: Sample) -> str:
+    """What a message calls a sample: the file and row it was read from, if ``Sample.row`` says so."""
+    row = sample.row or {}
+    if "file" in row and "row" in row:
+        return f"{row['file']}, row {row['row']}"
+    question = f", question {row['question_id']}" if "question_id" in row else ""
+    return (sample.source or "sample") + question
+
+
+def usable_samples(samples: Sequence[Sample], on_bad_row: OnBadRow) -> list[ImageSample]:
+    """The samples with as many images as placeholders, every one of which can be used.
+
+    Args:
+        samples: What to look through.
+        on_bad_row: ``raise`` reads the header of every image and stops at the first sample that cannot be used; an
+            image that is broken after its header shows when it is decoded. ``skip`` decodes every image once, in
+            threads, so that what is left out is known and counted before training starts.
+
+    Raises:
+        ValueError: A sample cannot be used and ``on_bad_row="raise"``, or none can.
+    """
+    good: list[ImageSample] = []
+    bad: list[str] = []
+    sizes = _sizes([image for sample in samples for image in sample.images], decode=on_bad_row == "skip")
+    for sample in samples:
+        try:
+            _check_placeholders(sample)
+            good.append(ImageSample(sample, tuple(_size(sizes[_key(image)]) for image in sample.images)))
+        except ValueError as error:
+            message = f"{sample_name(sample)}: {error}"
+            if on_bad_row == "raise":
+                raise ValueError(message) from error
+            bad.append(message)
+    report_skipped(bad, len(samples), "for their images")
+    return good
+
+
+def report_skipped(bad: Sequence[str], total: int, why: str) -> None:
+    """Say how many samples were left out.
+
+    Args:
+        bad: A message for each.
+        total: How many there were before.
+        why: Completes the sentence.
+
+    Raises:
+        ValueError: All of them were.
+    """
+    if not bad:
+        return
+    message = f"{len(bad)} of {total} samples were skipped {why}; the first: {bad[0]}"
+    if len(bad) == total:
+        raise ValueError(message)
+    rank_zero_warn(message)
+
+
+def _check_placeholders(sample: Sample) -> None:
+    if IMAGE in sample.target or any(IMAGE in sample.prompt[start:end] for start, end in sample.answered):
+        raise ValueError(f"an answer holds {IMAGE!r}, which is read as an image; expected it in questions alone")
+    places, images = sample.prompt.count(IMAGE), len(sample.images)
+    if places != images:
+        raise ValueError(
+            f"expected one {IMAGE!r} in the text for each image, found {places} of them and {images} images"
+        )
+
+
+def _sizes(images: Sequence[Any], decode: bool) -> dict[Any, tuple[int, int] | ValueError]:
+    """Size of each image, or what is wrong with it; an image that several samples share is looked at once."""
+    unique = {_key(image): image for image in images}
+    what = "Decoding" if decode else "Reading the headers of"
+    if len(unique) >= _MANY:
+        rank_zero_info(f"{what} {len(unique)} images to find those that cannot be used")
+
+    def look(image: Any) -> tuple[int, int] | ValueError:
+        try:
+            return check_image(image, decode)
+        except ValueError as error:
+            return error
+
+    found: dict[Any, tuple[int, int] | ValueError] = {}
+    said = time.monotonic()
+    with ThreadPoolExecutor() as threads:
+        for key, result in zip(unique, threads.map(look, unique.values()), strict=True):
+            found[key] = result
+            if time.monotonic() - said > _SECONDS:
+                said = time.monotonic()
+                rank_zero_info(f"{what} images: {len(found)} of {len(unique)}")
+    return found
+
+
+def _key(image: Any) -> Any:
+    return str(image) if isinstance(image, str | Path) else id(image)
+
+
+def _size(found: tuple[int, int] | ValueError) -> tuple[int, int]:
+    if isinstance(found, ValueError):
+        raise found
+    return found
