@@ -57,8 +57,8 @@ class ExactMatch(SampleMean):
     """
 
     def __init__(self, variant: str = "gqa", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         exact_match([], [], variant)  # an unknown variant is refused here, not after an epoch
+        super().__init__(f"exact_match_{variant}", **kwargs)
         self.variant = variant
 
     def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,6 +109,9 @@ class LetterAccuracy(SampleMean):
         >>> metric.compute()
         tensor(0.7500)
     """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__("letter_accuracy", **kwargs)
 
     def update(self, predicted: Sequence[str | None], answers: Sequence[str]) -> None:
         """Add answers; raises as :func:`letter_accuracy`."""

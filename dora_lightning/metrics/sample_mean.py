@@ -13,7 +13,7 @@ from torchmetrics import Metric
 class SampleMean(Metric):
     """Mean of a score per sample over all processes, however many samples each saw; nan where none saw any.
 
-    A subclass scores its input in ``update`` and hands the scores to ``_add``.
+    A subclass scores its input in ``update`` and hands the scores to ``_add``; ``scored_by`` names how it scores.
     """
 
     full_state_update = False
@@ -24,11 +24,14 @@ class SampleMean(Metric):
     total: Tensor
     samples: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, scored_by: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         # in float32 a long sum of scores would drift
         self.add_state("total", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("samples", default=torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        # a MetricCollection lets metrics whose states are the same after the first batch share them from then on; two
+        # that score by different rules may be equal there and differ later, so their states are told apart by a name
+        self.add_state(f"scored_by_{scored_by}", default=torch.zeros(()), dist_reduce_fx="sum")
 
     def _add(self, scores: Tensor) -> None:
         self.total += scores.to(self.total).sum()

@@ -57,8 +57,8 @@ class VQAAccuracy(SampleMean):
     """
 
     def __init__(self, variant: str = "official", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         vqa_accuracy([], [], variant)  # an unknown variant is refused here, not after an epoch
+        super().__init__(f"vqa_accuracy_{variant}", **kwargs)
         self.variant = variant
 
     def update(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:

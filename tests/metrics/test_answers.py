@@ -74,6 +74,8 @@ OFFICIAL = {
     "couldnt've": "couldn't've",
     "one of the dogs isnt": "1 of dogs isn't",
     "a\tdog": "dog",
+    "t-shirt-\tred": "tshirt red",  # a tab or a line's end is a space before marks are looked at
+    "t-shirt\n-red": "tshirt red",
     "two\nthree": "2 3",
     "." * 40: "." * 8,  # 32 are removed
     "a" + "." * 33: "a.",

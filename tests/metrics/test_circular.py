@@ -49,6 +49,14 @@ def test_categories_by_hand() -> None:
     assert {name: float(value) for name, value in metric.compute().items()} == {"accuracy": 0.5}
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 0, 2]])
+def test_a_question_belongs_to_the_categories_of_its_first_row(order: list[int]) -> None:
+    rows = [(5, "ocr"), (1_000_005, "map"), (2_000_005, "")]
+    metric = CircularAccuracy()
+    metric.update(torch.ones(3), [rows[row][0] for row in order], [rows[row][1] for row in order])
+    assert set(metric.compute()) == {"accuracy", "category/ocr"}
+
+
 def official(rows: list[tuple[int, int, str, str]], kind: int | None = None, name: str = "") -> float:
     """Questions are the rows with an index below a million; one counts if no row of its number is wrong."""
     hits = total = 0

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from torchmetrics import MetricCollection
 from vqa_rules import CONTRACTIONS, random_answers, soft_accuracy
 
 from dora_lightning.metrics import VQAAccuracy, vqa_accuracy
@@ -167,6 +168,14 @@ def test_metric_is_the_mean_whatever_the_batches(variant: str) -> None:
     expected_mean = 1 / 3 if variant == "simplified" else 0.3
     assert float(metric.compute()) == pytest.approx(expected_mean)
     assert metric.compute().dtype == torch.float32
+
+
+def test_variants_in_one_collection_stay_apart() -> None:
+    collection = MetricCollection({variant: VQAAccuracy(variant) for variant in VARIANTS})
+    collection.update(["cat"], [["cat"] * 4 + ["dog"] * 6])  # 1 for all of them
+    collection.update(["two"], [["Two"] * 10])  # 1 for those that normalise people's answers though they agree
+    scores = {variant: float(score) for variant, score in collection.compute().items()}
+    assert scores == {"official": 0.5, "m4c": 1.0, "vl_t5": 0.5, "lmms": 1.0, "simplified": 0.5}
 
 
 def test_a_long_sum_does_not_drift() -> None:
