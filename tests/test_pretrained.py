@@ -12,8 +12,9 @@ import pytest
 import torch
 from tiny import MakeLlama
 
-from dora_lightning import pretrained
-from dora_lightning.pretrained import cache_folder, load_causal_lm, load_tokenizer, resolve_pretrained
+from dora_lightning import gguf, pretrained
+from dora_lightning.model_cache import cache_folder
+from dora_lightning.pretrained import load_causal_lm, load_tokenizer, resolve_pretrained
 
 
 def test_folders_and_hub_ids_are_left_as_they_are(tiny_llama: Path) -> None:
@@ -83,7 +84,7 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         seen.append(path)
         return Path("converted")
 
-    monkeypatch.setattr(pretrained, "_convert_gguf", convert)
+    monkeypatch.setattr(pretrained, "convert_gguf", convert)
     return seen
 
 
@@ -164,8 +165,8 @@ def test_a_converted_file_is_kept_until_it_changes(
     def read_tokenizer(folder: Path, gguf_file: str) -> Any:
         return tokenizer_class.from_pretrained(tiny_llama)
 
-    monkeypatch.setattr(pretrained, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=read_model))
-    monkeypatch.setattr(pretrained, "AutoTokenizer", SimpleNamespace(from_pretrained=read_tokenizer))
+    monkeypatch.setattr(gguf, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=read_model))
+    monkeypatch.setattr(gguf, "AutoTokenizer", SimpleNamespace(from_pretrained=read_tokenizer))
     first = resolve_pretrained(str(path))
     assert resolve_pretrained(str(path)) == first
     assert reads == ["a.gguf"]

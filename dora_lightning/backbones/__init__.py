@@ -2,5 +2,6 @@
 
 from dora_lightning.backbones.backbone import Backbone
 from dora_lightning.backbones.llama import DoRALlama
+from dora_lightning.backbones.llava import DoRALlava
 
-__all__ = ["Backbone", "DoRALlama"]
+__all__ = ["Backbone", "DoRALlama", "DoRALlava"]

@@ -190,15 +190,23 @@ def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return model.get_output_embeddings()(hidden)
 
 
+def enable_recomputation(model: PreTrainedModel) -> None:
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    # the name changed within transformers 5
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def check_plain_logits(model: PreTrainedModel) -> None:
     """Check that the model's logits are its output embedding's product and nothing else.
 
     Raises:
         ValueError: the architecture caps or scales its logits.
     """
-    changed = [option for option in _LOGIT_OPTIONS if getattr(model.config, option, None) not in (None, 1, 1.0)]
+    config = model.config.get_text_config()
+    changed = [option for option in _LOGIT_OPTIONS if getattr(config, option, None) not in (None, 1, 1.0)]
     if changed:
         raise ValueError(
-            f"{type(model).__name__} changes its logits ({', '.join(changed)}); DoRALlama is for models of the LLaMA "
+            f"{type(model).__name__} changes its logits ({', '.join(changed)}); supported are models of the LLaMA "
             "family, whose logits are the output embedding's product alone"
         )

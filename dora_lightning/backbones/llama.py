@@ -14,6 +14,7 @@ from dora_lightning.adapters import AdapterConfig
 from dora_lightning.backbones.backbone import Backbone
 from dora_lightning.backbones.causal_lm import (
     check_plain_logits,
+    enable_recomputation,
     generate_texts,
     option_log_likelihoods,
     supervised_loss,
@@ -68,9 +69,7 @@ class DoRALlama(Backbone):
         model = load_causal_lm(self.model_name_or_path, self.base_dtype, self.attn_implementation, self.meta_device)
         check_plain_logits(model)
         if self.gradient_checkpointing:
-            # the name changed within transformers 5
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            enable_recomputation(model)
         return model, load_tokenizer(self.model_name_or_path)
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
