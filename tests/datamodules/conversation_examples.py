@@ -102,11 +102,18 @@ def make_slow_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def save_llava_processor(folder: Path, tokenizer: PreTrainedTokenizerBase, next: bool = False) -> str:
+def save_llava_processor(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, next: bool = False, image_token: str = "<image>"
+) -> str:
     """A processor for images of 32x32 pixels in patches of 8: 16 tokens each; for LLaVA-NeXT, tiles of that size."""
     mean = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.5, 0.5]}
     size: dict[str, Any] = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    options = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    options = {
+        "image_token": image_token,
+        "patch_size": 8,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }
     if next:
         grid = [[32, 64], [64, 32], [64, 64]]
         images = LlavaNextImageProcessorPil(**size, **mean, image_grid_pinpoints=grid)

@@ -1,5 +1,7 @@
 import random
+from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from torch.utils.data import DataLoader, DistributedSampler
@@ -124,3 +126,102 @@ def test_nothing_to_sample_is_an_error() -> None:
         LengthGroupedSampler([], 4)
     with pytest.raises(ValueError, match="batch_size must be at least 1, found 0"):
         LengthGroupedSampler([1], 0)
+
+
+# groups: a third of the samples have images, and are the longer ones
+IMAGES = [RANDOM.random() < 0.3 for _ in LENGTHS]
+MIXED = [length + 576 * has for length, has in zip(LENGTHS, IMAGES, strict=True)]
+
+
+def kinds(batch: list[int]) -> set[bool]:
+    return {IMAGES[index] for index in batch}
+
+
+def ranks_of(world: int, batch_size: int, count: int = 1003, **options: Any) -> list[list[list[int]]]:
+    samplers = [
+        LengthGroupedSampler(MIXED[:count], batch_size, num_replicas=world, rank=rank, groups=IMAGES[:count], **options)
+        for rank in range(world)
+    ]
+    batches = [list(sampler) for sampler in samplers]
+    assert [len(sampler) for sampler in samplers] == [len(own) for own in batches]
+    return batches
+
+
+@pytest.mark.parametrize("sort", [True, False])
+def test_training_batches_are_of_one_group_on_all_ranks(sort: bool) -> None:
+    ranks = ranks_of(4, 3, group_by_length=sort)
+    global_batches = [flat(list(parts)) for parts in zip(*ranks, strict=True)]
+    assert all(len(kinds(batch)) == 1 for batch in global_batches)
+    assert set(flat(global_batches)) == set(range(1003))
+    # each group fills up its last batch
+    counts = [IMAGES.count(True), IMAGES.count(False)]
+    assert len(global_batches) == sum(-(-count // 12) for count in counts)
+    seen = Counter(flat(global_batches))
+    assert sum(seen.values()) - 1003 == sum(-count % 12 for count in counts)
+    # and the groups alternate in no order
+    changes = sum(kinds(left) != kinds(right) for left, right in pairwise(global_batches))
+    assert 20 < changes < 52  # of 84, with 26 batches of the rarer group
+
+
+@pytest.mark.parametrize("sort", [True, False])
+def test_global_batches_of_groups_do_not_depend_on_the_number_of_ranks(sort: bool) -> None:
+    alone, pair, four = (
+        [sorted(flat(list(parts))) for parts in zip(*ranks_of(world, 12 // world, group_by_length=sort), strict=True)]
+        for world in (1, 2, 4)
+    )
+    assert alone == pair == four
+
+
+def test_one_group_is_as_good_as_none() -> None:
+    for shuffle in (True, False):
+        plain = LengthGroupedSampler(LENGTHS, 8, shuffle=shuffle, seed=3)
+        grouped = LengthGroupedSampler(LENGTHS, 8, shuffle=shuffle, seed=3, groups=["text"] * 1003)
+        assert list(plain) == list(grouped)
+
+
+def test_a_group_smaller_than_a_batch_is_repeated() -> None:
+    batches = list(LengthGroupedSampler([5] * 20 + [9] * 2, 8, groups=[False] * 20 + [True] * 2))
+    assert len(batches) == 4
+    (images,) = [batch for batch in batches if set(batch) & {20, 21}]
+    assert sorted(images) == [20] * 4 + [21] * 4
+
+
+def test_within_groups_lengths_are_alike_unless_switched_off() -> None:
+    def padding(batches: list[list[int]]) -> float:
+        return 1 - sum(map(MIXED.__getitem__, flat(batches))) / sum(len(b) * max(MIXED[i] for i in b) for b in batches)
+
+    (ordered,), (unordered,) = ranks_of(1, 8), ranks_of(1, 8, group_by_length=False)
+    assert padding(ordered) < 0.05
+    assert padding(unordered) > 0.15
+    assert padding(list(LengthGroupedSampler(MIXED, 8, group_by_length=False))) > 0.4  # groups mixed too
+
+
+def test_resuming_with_groups() -> None:
+    sampler = LengthGroupedSampler(MIXED, 8, groups=IMAGES, seed=1)
+    sampler.set_epoch(3)
+    whole = list(sampler)
+    again = LengthGroupedSampler(MIXED, 8, groups=IMAGES, seed=1)
+    again.set_epoch(3)
+    again.skip_batches = 50
+    assert list(again) == whole[50:]
+    assert len(again) == len(whole)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch_size", [2, 8, 30])
+@pytest.mark.parametrize("count", [40, 41, 1003])
+def test_evaluation_sees_every_sample_once_and_ranks_see_the_same_group(
+    world: int, batch_size: int, count: int
+) -> None:
+    ranks = ranks_of(world, batch_size, count, shuffle=False)
+    assert sorted(flat(flat(ranks))) == list(range(count))
+    for parts in zip(*ranks, strict=True):
+        assert len(kinds(flat(list(parts)))) == 1
+    for batches in ranks:
+        assert kinds(batches[0]) == {True}  # the longest come first
+        assert MIXED[batches[0][0]] == max(MIXED[index] for index in flat(batches))
+
+
+def test_as_many_groups_as_samples() -> None:
+    with pytest.raises(ValueError, match="expected one group for each of 3 samples, found 2"):
+        LengthGroupedSampler([1, 2, 3], 1, groups=[True, False])

@@ -57,6 +57,17 @@ def test_batch_sizes(tokenizer_folder: str) -> None:
     assert [len(batch["samples"]) for batch in data.val_dataloader()] == [5, 5, 5, 5]
 
 
+def test_batches_of_like_length_can_be_switched_off(tokenizer_folder: str) -> None:
+    widths = []
+    for group_by_length in (True, False):
+        data = Given(tokenizer_folder, {"train": numbered(64)}, batch_size=8, group_by_length=group_by_length)
+        data.setup("fit")
+        batches = list(data.train_dataloader())
+        assert {sample.prompt for batch in batches for sample in batch["samples"]} == {s.prompt for s in numbered(64)}
+        widths.append(sum(batch["input_ids"].shape[1] for batch in batches))
+    assert widths[0] < 0.75 * widths[1]
+
+
 def test_samples_whose_target_is_cut_off_are_left_out_and_reported(tokenizer_folder: str) -> None:
     samples = [*numbered(5), Sample("y" * 40, "true", source="long"), Sample("y" * 40, "true", source="longer")]
     data = Given(tokenizer_folder, {"train": samples}, cutoff_len=16)
