@@ -12,6 +12,7 @@ from datamodules.commonsense_rows import (
     recognise_task,
     render_row,
 )
+from datamodules.easy_vqa import EasyVQADataModule
 from datamodules.encoding import Collator, EncodedDataset, EncodedSample, encode_samples
 from datamodules.everyday import EverydayDataModule
 from datamodules.everyday_questions import everyday_questions
@@ -20,6 +21,8 @@ from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, read_row
 from datamodules.sampling import LengthGroupedSampler
 from datamodules.templates import TEMPLATES, PromptTemplate, get_template
 from datamodules.text import Stage, TextDataModule
+from datamodules.vqa import VQADataModule
+from datamodules.vqa_sets import EvaluationSet
 from dora_lightning.data import IGNORE
 
 __all__ = [
@@ -30,8 +33,10 @@ __all__ = [
     "TEMPLATES",
     "Collator",
     "CommonsenseDataModule",
+    "EasyVQADataModule",
     "EncodedDataset",
     "EncodedSample",
+    "EvaluationSet",
     "EverydayDataModule",
     "LengthGroupedSampler",
     "OnBadRow",
@@ -41,6 +46,7 @@ __all__ = [
     "Row",
     "Stage",
     "TextDataModule",
+    "VQADataModule",
     "answer_labels",
     "convert_file",
     "convert_rows",
