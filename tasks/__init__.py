@@ -1,5 +1,6 @@
 """What is asked, and how an answer is judged."""
 
 from tasks.commonsense import CommonsenseQA
+from tasks.vqa import VQA
 
-__all__ = ["CommonsenseQA"]
+__all__ = ["VQA", "CommonsenseQA"]
