@@ -105,12 +105,13 @@ def _source(name: str) -> str:
 
 def _assemble(parts: LlavaParts, folder: Path, kept_as: Path) -> None:
     rank_zero_info(f"Putting {parts.language} and a vision tower together (once; kept in {kept_as})")
-    language = load_causal_lm(parts.language)
-    tokenizer = AutoTokenizer.from_pretrained(resolve_pretrained(parts.language))
-    give_padding_token(tokenizer)
-    _add_image_token(language, tokenizer)
+    # a run that finds the cache empty goes on with the same random numbers as one that does not
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(parts.seed)
+        language = load_causal_lm(parts.language)
+        tokenizer = AutoTokenizer.from_pretrained(resolve_pretrained(parts.language))
+        give_padding_token(tokenizer)
+        _add_image_token(language, tokenizer)
         tower, image_processor = _tower(parts.vision)
         has_class_token = isinstance(tower, CLIPVisionModel)
         if not has_class_token and parts.class_token:
