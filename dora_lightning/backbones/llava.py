@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -22,6 +22,7 @@ from dora_lightning.backbones.causal_lm import (
     option_log_likelihoods,
     supervised_loss,
 )
+from dora_lightning.backbones.feature_cache import FeatureCache
 from dora_lightning.images import IMAGE
 from dora_lightning.llava_parts import LlavaParts, resolve_llava
 from dora_lightning.pretrained import load_vision_language_model
@@ -56,6 +57,8 @@ class DoRALlava(Backbone):
         judge_in_validation: judge the task in validation too, beside the loss.
         vision_tower: ``frozen``, trained in ``full``, or ``adapted`` (the adapter's target modules reach into it).
         projector: likewise.
+        feature_cache: folder where the features of a frozen tower are kept, so that each image goes through it once;
+            null for none.
         dtype: dtype of what is frozen: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: attention (``sdpa``, ``flash_attention_2``, ``eager``); null for the default.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
@@ -71,6 +74,7 @@ class DoRALlava(Backbone):
         judge_in_validation: bool = False,
         vision_tower: Training = "frozen",
         projector: Training = "full",
+        feature_cache: str | None = None,
         dtype: str = "auto",
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
@@ -79,6 +83,9 @@ class DoRALlava(Backbone):
         self.parts = LlavaParts(**model_name_or_path) if isinstance(model_name_or_path, dict) else model_name_or_path
         name, plain = (self.parts,) * 2 if isinstance(self.parts, str) else (self.parts.language, self.parts.to_dict())
         super().__init__(name, adapter, optimizer, lr_scheduler, task, judge_in_validation)
+        if feature_cache is not None and vision_tower != "frozen":
+            raise ValueError(f"feature_cache needs a frozen vision tower; this one is {vision_tower}")
+        self.feature_cache = feature_cache
         self.vision_tower_training = vision_tower
         self.projector_training = projector
         self.base_dtype = dtype
@@ -127,6 +134,10 @@ class DoRALlava(Backbone):
                 )
         for name in parts.values():
             _cast_inputs(model.get_submodule(name))
+        if self.feature_cache is not None:
+            layer = model.config.vision_feature_layer
+            tower = cast(PreTrainedModel, model.get_submodule(parts["vision_tower"]))
+            FeatureCache(self.feature_cache, tower, [layer] if isinstance(layer, int) else list(layer))
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
         """Mean cross-entropy over supervised tokens, and how many they are."""
@@ -211,8 +222,8 @@ def _outside(parts: Sequence[str], excluded: str | list[str]) -> str:
 def _cast_inputs(part: nn.Module) -> None:
     """Let a part read inputs of another dtype than its own, as those of a frozen one in bf16."""
 
-    def cast(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def to_own_dtype(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         dtype = next(module.parameters()).dtype
         return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
-    part.register_forward_pre_hook(cast)
+    part.register_forward_pre_hook(to_own_dtype)

@@ -6,6 +6,7 @@ when the same weights are loaded in another dtype.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,6 +70,12 @@ def check_weight_of_base(saved: dict[str, Any], key: str, weight: Tensor, name: 
     """As :func:`check_same_base`, for the weight ``key`` of the base ``name``; one that was not recorded passes."""
     if key in saved["samples"]:
         _compare(saved, _identity({key: weight}, name), key)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A short name for a model's weights: any change to one of them gives another."""
+    sums = sorted((name, tuple(p.shape), str(p.dtype), _checksum(p)) for name, p in model.named_parameters())
+    return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
 
 
 class StreamedIdentity:

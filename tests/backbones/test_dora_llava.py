@@ -271,6 +271,64 @@ def test_gradient_checkpointing_gives_the_same_gradients(
             torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
 
 
+# Cached features -----------------------------------------------------------------------------------------------------
+
+
+def test_cached_features_are_the_tower_s(
+    folder: Path, make_llava: MakeLlava, images: list[Image.Image], tmp_path: Path
+) -> None:
+    batch = make_batch(folder, PROMPTS, [*images[:3], images[0]])
+    expected = make_llava(folder).loss(batch)[0]
+    module = make_llava(folder, feature_cache=str(tmp_path))
+    cache: Any = module.language_model.model.vision_tower.forward
+    assert torch.equal(module.loss(batch)[0], expected)
+    seen = cache.computed
+    assert cache.read == 0
+    assert len(list(tmp_path.rglob("*.safetensors"))) == seen  # the image that comes twice is one
+    assert torch.equal(module.loss(batch)[0], expected)
+    assert (cache.read, cache.computed) == (seen, seen)
+    # another process of the same run, and another batch
+    again = make_llava(folder, feature_cache=str(tmp_path))
+    texts = again.generate(PROMPTS[:1], make_batch(folder, PROMPTS[:1], images[:1])["vision"], max_new_tokens=3)
+    assert again.language_model.model.vision_tower.forward.computed == 0
+    assert texts == make_llava(folder).generate(
+        PROMPTS[:1], make_batch(folder, PROMPTS[:1], images[:1])["vision"], max_new_tokens=3
+    )
+
+
+def test_features_of_another_tower_or_precision_are_not_read(
+    llava: Path, make_llava: MakeLlava, images: list[Image.Image], tmp_path: Path
+) -> None:
+    other = save_llava(tmp_path / "other", seed=1)
+    batch = make_batch(llava, PROMPTS, images)
+    for source, options in ((llava, {}), (other, {}), (llava, {"dtype": "bfloat16"})):
+        module = make_llava(source, feature_cache=str(tmp_path / "cache"), **options)
+        module.loss(batch)
+        assert module.language_model.model.vision_tower.forward.read == 0
+    module = make_llava(feature_cache=str(tmp_path / "cache"))
+    with torch.autocast("cpu", torch.bfloat16):
+        module.loss(batch)
+    assert module.language_model.model.vision_tower.forward.read == 0  # the weights are fp32, the features bf16
+
+
+def test_a_file_that_was_cut_short_is_computed_anew(
+    llava: Path, make_llava: MakeLlava, images: list[Image.Image], tmp_path: Path
+) -> None:
+    module = make_llava(feature_cache=str(tmp_path))
+    batch = make_batch(llava, PROMPTS, images)
+    expected = module.loss(batch)[0]
+    broken = next(tmp_path.rglob("*.safetensors"))
+    broken.write_bytes(broken.read_bytes()[:50])
+    assert torch.equal(module.loss(batch)[0], expected)
+    assert module.language_model.model.vision_tower.forward.computed == 5
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_tower_that_trains_has_no_cache(make_llava: MakeLlava, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="feature_cache needs a frozen vision tower; this one is full"):
+        make_llava(vision_tower="full", feature_cache=str(tmp_path))
+
+
 # What is left --------------------------------------------------------------------------------------------------------
 
 
