@@ -11,7 +11,7 @@ from conversation_examples import (
     make_llama_tokenizer,
     make_slow_tokenizer,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from datamodules import IGNORE, Collator, encode_samples
@@ -285,7 +285,7 @@ def test_tokens_that_reach_into_or_out_of_an_answer_are_trained(kind: str, tmp_p
     tokenizer = make_bpe() if kind == "fast" else make_slow_tokenizer(tmp_path)
     text = "It is a red square. It is blue."
     words = tokenizer.tokenize(text)
-    for start, end in [(3, 8), (9, 13), (8, 19), (20, 22)]:
+    for start, end in [(3, 8), (9, 13), (8, 19), (20, 22), (13, 17)]:
         (item,) = encode_samples([Sample(text, " No.", answered=((start, end),))], tokenizer)
         got = [int(label != IGNORE) for label in item.labels.tolist()][1 : len(words) + 1]
         # where each token of the text stands, from the texts of the tokens themselves
@@ -301,11 +301,21 @@ def test_tokens_that_reach_into_or_out_of_an_answer_are_trained(kind: str, tmp_p
         assert got == expected, (start, end, words)
 
 
-def test_white_space_at_the_end_of_an_answer_is_trained() -> None:
+@pytest.mark.parametrize(("last", "trained"), [(5, "Ġis"), (6, "ĠisĠ"), (7, "ĠisĠĊ")])
+def test_white_space_at_the_end_of_an_answer_is_trained(last: int, trained: str) -> None:
     tokenizer = make_bpe()
-    (item,) = encode_samples([Sample("It is \nIs it", " No.", answered=((3, 7),))], tokenizer)
-    trained = tokenizer.convert_ids_to_tokens(item.labels[item.labels != IGNORE].tolist())
-    assert "".join(trained).startswith("ĠisĠĊ")
+    (item,) = encode_samples([Sample("It is \nIs it", " No.", answered=((3, last),))], tokenizer)
+    words = tokenizer.convert_ids_to_tokens(item.labels[item.labels != IGNORE].tolist())
+    assert "".join(words) == trained + "ĠNo.</s>"
+
+
+def test_an_end_that_the_tokenizer_adds_is_trained() -> None:
+    tokenizer = make_bpe()
+    step = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.backend_tokenizer.post_processor = step
+    (item,) = encode_samples([Sample("It is", " red")], tokenizer)
+    assert item.input_ids.tolist().count(tokenizer.eos_token_id) == 1
+    assert trained_text(tokenizer, item.labels) == " red</s>"
 
 
 def test_texts_of_both_kinds_keep_their_order() -> None:

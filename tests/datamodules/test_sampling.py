@@ -180,8 +180,9 @@ def test_one_group_is_as_good_as_none() -> None:
 
 
 def test_a_group_smaller_than_a_batch_is_repeated() -> None:
-    batches = list(LengthGroupedSampler([5] * 20 + [9] * 2, 8, groups=[False] * 20 + [True] * 2))
-    assert len(batches) == 4
+    sampler = LengthGroupedSampler([5] * 20 + [9] * 2, 8, groups=[False] * 20 + [True] * 2)
+    batches = list(sampler)
+    assert len(sampler) == len(batches) == 4
     (images,) = [batch for batch in batches if set(batch) & {20, 21}]
     assert sorted(images) == [20] * 4 + [21] * 4
 
