@@ -44,23 +44,32 @@ def read_gqa(where: EvaluationSet, on_bad_row: OnBadRow) -> list[VisualQuestion]
     """GQA from LLaVA's JSONL or the official questions, which hold the answers."""
     answers: dict[Any, Any] = {}
     if where.annotations:
-        answers = {number: row.get("answer") for number, row in require_object(where.annotations).items()}
+        rows = _rows_by_id(where.annotations)
+        answers = dict(
+            convert_rows(rows, lambda row: (row["question_id"], _answer(row)), where.annotations, on_bad_row)
+        )
 
     def convert(row: Row) -> VisualQuestion:
-        number = row["question_id"] if isinstance(row.get("question_id"), str) else str(_id(row))
+        number = str(_id(row))
         if "text" in row:
-            text, name = require_field(row, "text"), require_field(row, "image")
-            question, answer = bare_question(text), _answers_of(number, answers, where)
-        else:
-            text, name = None, f"{require_field(row, 'imageId')}.jpg"
-            question, answer = require_field(row, "question"), row.get("answer")
-        return gqa(number, question, image_file(where, name), (answer,) if answer else (), text)
+            text, image = require_field(row, "text"), image_file(where, require_field(row, "image"))
+            return gqa(number, bare_question(text), image, _answers_of(number, answers, where), text)
+        image = image_file(where, f"{require_field(row, 'imageId')}.jpg")
+        return gqa(number, require_field(row, "question"), image, _answer(row))
 
     path = questions_file(where)
-    document = read_object(path)
-    if document is None:
+    if read_object(path) is None:
         return convert_file(path, convert, on_bad_row)
-    return convert_rows([{"question_id": key, **row} for key, row in document.items()], convert, path, on_bad_row)
+    return convert_rows(_rows_by_id(path), convert, path, on_bad_row)
+
+
+def _rows_by_id(path: str) -> list[Row]:
+    return [{"question_id": number, **row} for number, row in require_object(path).items()]
+
+
+def _answer(row: Row) -> tuple[str, ...]:
+    # questions of the test and challenge splits have none
+    return (require_field(row, "answer"),) if "answer" in row else ()
 
 
 def read_vizwiz(where: EvaluationSet, on_bad_row: OnBadRow) -> list[VisualQuestion]:

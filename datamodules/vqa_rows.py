@@ -213,6 +213,8 @@ def mmbench(columns: Row, image: Any) -> VisualQuestion:
             "category": columns.get("category"),
             "l2_category": columns.get("l2-category", columns.get("L2-category")),
             "options": options,
+            # the server wants the column back
+            **({"split": columns["split"]} if columns.get("split") else {}),
         },
     )
 

@@ -262,7 +262,21 @@ def test_pope_that_is_published(tmp_path: Path) -> None:
 
 # MMBench
 
-COLUMNS = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category"]
+COLUMNS = [
+    "index",
+    "question",
+    "hint",
+    "A",
+    "B",
+    "C",
+    "D",
+    "answer",
+    "category",
+    "image",
+    "source",
+    "l2-category",
+    "split",
+]
 
 
 def mmbench_row(index: int, image: str, **change: str) -> dict[str, str]:
@@ -276,6 +290,7 @@ def mmbench_row(index: int, image: str, **change: str) -> dict[str, str]:
         "category": "ocr",
         "image": image,
         "l2-category": "finegrained_perception",
+        "split": "dev",
     }
     return {**dict.fromkeys(COLUMNS, ""), **row, **change}
 
@@ -315,6 +330,7 @@ def test_mmbench_keeps_rotations_as_rows(tmp_path: Path) -> None:
         "category": "ocr",
         "l2_category": "finegrained_perception",
         "options": {"A": "two\nlines", "B": 'the "first"'},
+        "split": "dev",
     }
     for sample in samples:
         image = sample.images[0]

@@ -140,6 +140,12 @@ def test_gqa_from_both_files(tmp_path: Path, images: Path) -> None:
     assert (sample.row["question_id"], sample.row["question"]) == ("201307251", "Is it overcast?")
     (hidden,) = read_gqa(EvaluationSet(questions=llava, images=str(images)), "raise")
     assert hidden.answers == ()
+    write(tmp_path / "testdev_balanced_questions.json", {"7": {"imageId": "n161313", "question": "Why?", "answer": 3}})
+    with pytest.raises(ValueError, match=r"questions\.json, row 1: field 'answer' must be text, found int: 3"):
+        read_gqa(EvaluationSet(questions=official, images=str(images)), "raise")
+    write(tmp_path / "testdev_balanced_questions.json", {"7": "Why?"})
+    with pytest.raises(ValueError, match=r"questions\.json: expected a JSON object with one object for each id"):
+        read_gqa(EvaluationSet(questions=official, images=str(images)), "raise")
 
 
 def test_vizwiz_from_both_files(tmp_path: Path, images: Path) -> None:
