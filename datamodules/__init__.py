@@ -12,33 +12,39 @@ from datamodules.commonsense_rows import (
     recognise_task,
     render_row,
 )
+from datamodules.conversation import CONVERSATION_TEMPLATES, ConversationTemplate, get_conversation_template
 from datamodules.easy_vqa import EasyVQADataModule
 from datamodules.encoding import Collator, EncodedDataset, EncodedSample, encode_samples
 from datamodules.everyday import EverydayDataModule
 from datamodules.everyday_questions import everyday_questions
+from datamodules.llava import LlavaInstructions
 from datamodules.resuming import ResumableDataLoader, resume_sampler
 from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, read_rows, require_field
 from datamodules.sampling import LengthGroupedSampler
 from datamodules.templates import TEMPLATES, PromptTemplate, get_template
 from datamodules.text import Stage, TextDataModule
+from datamodules.vision import VisionCollator, VisionDataModule
 from datamodules.vqa import VQADataModule
 from datamodules.vqa_sets import EvaluationSet
 from dora_lightning.data import IGNORE
 
 __all__ = [
     "ARC_OR_OPENBOOKQA",
+    "CONVERSATION_TEMPLATES",
     "HUB_IDS",
     "IGNORE",
     "TASKS",
     "TEMPLATES",
     "Collator",
     "CommonsenseDataModule",
+    "ConversationTemplate",
     "EasyVQADataModule",
     "EncodedDataset",
     "EncodedSample",
     "EvaluationSet",
     "EverydayDataModule",
     "LengthGroupedSampler",
+    "LlavaInstructions",
     "OnBadRow",
     "PromptTemplate",
     "Question",
@@ -47,11 +53,14 @@ __all__ = [
     "Stage",
     "TextDataModule",
     "VQADataModule",
+    "VisionCollator",
+    "VisionDataModule",
     "answer_labels",
     "convert_file",
     "convert_rows",
     "encode_samples",
     "everyday_questions",
+    "get_conversation_template",
     "get_template",
     "load_hub_split",
     "parse_hub_row",
