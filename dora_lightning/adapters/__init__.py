@@ -10,7 +10,8 @@ from dora_lightning.adapters.inject import (
 )
 from dora_lightning.adapters.layers import AdapterLayer, DoRALinear, LoRALinear, MagnitudeLinear
 from dora_lightning.adapters.merge import merge_adapters, unmerge_adapters
-from dora_lightning.adapters.peft_format import load_peft_adapter, save_peft_adapter
+from dora_lightning.adapters.peft_reading import load_peft_adapter
+from dora_lightning.adapters.peft_writing import save_peft_adapter
 from dora_lightning.adapters.summary import AdapterSummary, parameter_group, summarize_adapters
 
 __all__ = [
