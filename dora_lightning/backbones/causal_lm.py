@@ -66,12 +66,14 @@ def option_log_likelihoods(
         model: causal language model.
         tokenizer: its tokenizer.
         prompts: one per question.
-        options: texts that are appended to the prompt without a separator, at least one per question.
+        options: texts that are appended to the prompt without a separator; a question may have none.
         vision: what the image processor made of the prompts' images, in their order.
 
     Returns:
         For each question ``[options]``, in fp32.
     """
+    if not any(options):
+        return [torch.zeros(0, device=model.device) for _ in options]
     questions = [_tokenize_options(tokenizer, p, o) for p, o in zip(prompts, options, strict=True)]
     # the last shared token is read with each option, since it predicts the option's first token
     prefixes = [shared[:-1] for shared, _ in questions]
@@ -149,7 +151,7 @@ def _tokenize_options(
     full = [tokenize(tokenizer, prompt + option) for option in options]
     shared = _common_start([prompt_ids, *full])
     # every option must have a token of its own to score, even if it is empty or another one's beginning
-    shared = shared[: min(len(ids) for ids in full) - 1]
+    shared = shared[: min((len(ids) for ids in full), default=len(prompt_ids) + 1) - 1]
     if not shared:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         return [start], full

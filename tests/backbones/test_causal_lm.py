@@ -157,6 +157,16 @@ def test_a_tokenizer_without_a_beginning_of_text(model: LlamaForCausalLM, tokeni
     torch.testing.assert_close(scores, torch.stack([log_likelihood(model, ids).sum() for ids in texts]))
 
 
+def test_a_question_without_options_has_no_scores(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    alone = option_log_likelihoods(model, tokenizer, PROMPTS[:2], OPTIONS[:2])
+    first, none, second = option_log_likelihoods(
+        model, tokenizer, [PROMPTS[0], PROMPTS[2], PROMPTS[1]], [OPTIONS[0], (), OPTIONS[1]]
+    )
+    torch.testing.assert_close([first, second], alone)
+    assert none.shape == (0,)
+    assert [len(scores) for scores in option_log_likelihoods(model, tokenizer, PROMPTS[:2], [(), ()])] == [0, 0]
+
+
 def test_the_prompt_is_read_once(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     seen: list[torch.Size] = []
     model.model.register_forward_pre_hook(lambda _, __, named: seen.append(named["input_ids"].shape), with_kwargs=True)
