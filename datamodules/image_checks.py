@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from datamodules.rows import OnBadRow
@@ -91,8 +92,15 @@ def _check_placeholders(sample: Sample) -> None:
 
 
 def _sizes(images: Sequence[Any], decode: bool) -> dict[Any, tuple[int, int] | ValueError]:
-    """Size of each image, or what is wrong with it; an image that several samples share is looked at once."""
+    """Size of each image, or what is wrong with it.
+
+    An image that several samples share is looked at once, and by one process: what one of them cannot read is left out
+    by all, or their batches would differ.
+    """
     unique = {_key(image): image for image in images}
+    in_group = dist.is_available() and dist.is_initialized()
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if in_group else (0, 1)
+    own = list(unique.values())[rank::processes]
     what = "Decoding" if decode else "Reading the headers of"
     if len(unique) >= _MANY:
         rank_zero_info(f"{what} {len(unique)} images to find those that cannot be used")
@@ -103,15 +111,19 @@ def _sizes(images: Sequence[Any], decode: bool) -> dict[Any, tuple[int, int] | V
         except ValueError as error:
             return error
 
-    found: dict[Any, tuple[int, int] | ValueError] = {}
+    found: list[tuple[int, int] | ValueError] = []
     said = time.monotonic()
     with ThreadPoolExecutor() as threads:
-        for key, result in zip(unique, threads.map(look, unique.values()), strict=True):
-            found[key] = result
+        for result in threads.map(look, own):
+            found.append(result)
             if time.monotonic() - said > _SECONDS:
                 said = time.monotonic()
-                rank_zero_info(f"{what} images: {len(found)} of {len(unique)}")
-    return found
+                rank_zero_info(f"{what} images: {len(found) * processes} of {len(unique)}")
+    shares: list[Any] = [found]
+    if processes > 1:
+        shares = [None] * processes
+        dist.all_gather_object(shares, found)
+    return {key: shares[place % processes][place // processes] for place, key in enumerate(unique)}
 
 
 def _key(image: Any) -> Any:

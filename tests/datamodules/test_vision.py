@@ -1,11 +1,14 @@
 import io
+import json
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conversation_examples import make_bpe, make_llama_tokenizer, save_llava_processor
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
@@ -293,28 +296,72 @@ def test_a_collator_reaches_workers_that_are_spawned(llava: str) -> None:
     assert torch.equal(copy(items)["vision"]["pixel_values"], data.collator()(items)["vision"]["pixel_values"])
 
 
-@pytest.mark.filterwarnings("ignore:.*no `validation_step`.*")
-def test_lightning_moves_the_batch(llava: str, tmp_path: Path) -> None:
-    seen: list[dict[str, Any]] = []
+class Module(LightningModule):
+    """Writes down, per process, which samples it got, and whether with images."""
 
-    class Module(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(()))
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.folder = folder
 
-        def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-            seen.append(batch)
-            return self.weight * batch["vision"]["pixel_values"].sum()
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        assert all(isinstance(sample, Sample) for sample in batch["samples"])
+        seen = [sample.row["question_id"] for sample in batch["samples"]]
+        with (self.folder / f"rank{self.global_rank}").open("a") as file:
+            file.write(json.dumps([seen, "vision" in batch]) + "\n")
+        inputs = batch["vision"]["pixel_values"] if "vision" in batch else batch["input_ids"].float()
+        return self.weight * inputs.sum()
 
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.01)
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
 
-    data = Given(llava, [ask(number, 1) for number in range(4)], batch_size=2)
-    options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0}
-    options |= {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "default_root_dir": tmp_path}
-    Trainer(max_epochs=1, **options).fit(Module(), datamodule=data)
-    assert sorted(sample.row["question_id"] for batch in seen for sample in batch["samples"]) == [0, 1, 2, 3]
-    assert all(isinstance(sample, Sample) for batch in seen for sample in batch["samples"])
+
+def steps(path: Path) -> list[tuple[list[int], bool]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork.*|.*multi-threaded.*", "ignore:.*no `validation_step`.*")
+@pytest.mark.filterwarnings("ignore:2 of 33 samples were skipped")
+def test_two_processes_share_the_batches_of_one_and_have_images_together(llava: str, tmp_path: Path) -> None:
+    samples = [ask(number, number % 3 % 2) for number in range(31)]
+    (tmp_path / "bad.png").write_bytes(png(picture(60, 40))[:-900])
+    samples += [with_image(tmp_path / "bad.png"), with_image(tmp_path / "absent.png")]
+    for name, batch_size, spread in [("one", 4, {}), ("two", 2, {"strategy": "ddp_fork", "devices": 2})]:
+        (tmp_path / name).mkdir()
+        data = Given(llava, samples, batch_size=batch_size, on_bad_row="skip")
+        options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+        options |= {"enable_checkpointing": False, "default_root_dir": tmp_path, "accelerator": "cpu"}
+        Trainer(max_epochs=2, **options, **spread).fit(Module(tmp_path / name), datamodule=data)
+    whole = steps(tmp_path / "one" / "rank0")
+    left, right = (steps(tmp_path / "two" / f"rank{rank}") for rank in range(2))
+    assert len(whole) == 18  # twice 3 batches of the 10 with images, 6 of the 21 without
+    assert {number for seen, _ in whole for number in seen} == set(range(31))
+    assert [(sorted(a + b), vision) for (a, vision), (b, _) in zip(left, right, strict=True)] == [
+        (sorted(seen), vision) for seen, vision in whole
+    ]
+    assert [vision for _, vision in left] == [vision for _, vision in right]
+
+
+class Unsteady:
+    """An image that one of two processes cannot read in the threads that look at all of them at the start."""
+
+    def open(self) -> Image.Image:
+        in_thread = threading.current_thread() is not threading.main_thread()
+        if in_thread and dist.is_initialized() and dist.get_rank() == 1:
+            raise OSError("stale file handle")
+        return picture(8, 8)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork.*|.*multi-threaded.*", "ignore:.*no `validation_step`.*")
+@pytest.mark.filterwarnings("ignore:4 of 8 samples were skipped")
+def test_processes_agree_on_the_samples(llava: str, tmp_path: Path) -> None:
+    samples = [with_image(Unsteady(), row={"question_id": number}) for number in range(8)]
+    data = Given(llava, samples, batch_size=1, on_bad_row="skip")
+    options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    options |= {"enable_checkpointing": False, "default_root_dir": tmp_path, "accelerator": "cpu"}
+    Trainer(max_epochs=1, strategy="ddp_fork", devices=2, **options).fit(Module(tmp_path), datamodule=data)
+    seen = [number for rank in range(2) for numbers, _ in steps(tmp_path / f"rank{rank}") for number in numbers]
+    assert sorted(seen) == [0, 2, 4, 6]  # the second process looked at the others, and the first believes it
 
 
 def test_a_setting_that_does_not_exist(llava: str, tiny_llama: Path, tmp_path: Path) -> None:
