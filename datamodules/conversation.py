@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 Turns: TypeAlias = Sequence[tuple[str, str | None]]
@@ -96,14 +97,15 @@ class TokenizerTemplate:
                 f"choose another template: {', '.join(CONVERSATION_TEMPLATES)}"
             )
         self.tokenizer = tokenizer
-        # the templates of vision-language models want a list of parts, and leave plain text out without a word
-        self._wants_parts = "probe" not in self._render([{"role": "user", "content": "probe"}])
+        self._wants_parts = False
+        self._wants_parts = not self._writes_text()
 
     def sample_text(self, turns: Turns) -> Rendered:
         """The conversation as text; see :meth:`ConversationTemplate.sample_text`.
 
         Raises:
-            ValueError: As there, or the template writes earlier turns in another way once later ones follow.
+            ValueError: As there, or the template refuses the conversation or writes earlier turns in another way once
+            later ones follow.
         """
         _check_turns(turns)
         messages: list[dict[str, object]] = []
@@ -125,11 +127,23 @@ class TokenizerTemplate:
         start, _ = spans.pop()
         return Rendered(text[:start], text[start:], tuple(spans))
 
+    def _writes_text(self) -> bool:
+        """Whether the template takes plain text: some want a list of parts, and leave text out or stumble over it."""
+        try:
+            return "probe" in self._render([self._message("user", "probe")])
+        except ValueError:
+            return False
+
     def _message(self, role: str, text: str) -> dict[str, object]:
         return {"role": role, "content": [{"type": "text", "text": text}] if self._wants_parts else text}
 
     def _render(self, messages: list[dict[str, object]], add_generation_prompt: bool = False) -> str:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise ValueError(f"the tokenizer's chat template refuses a conversation: {error}") from error
         assert isinstance(text, str)
         return text
 

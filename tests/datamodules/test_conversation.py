@@ -43,12 +43,13 @@ ANSWERS = {
     "llama3": ["A red square.<|eot_id|>", "Two.<|eot_id|>", "No.<|eot_id|>"],
     "chatml": ["A red square.<|im_end|>", "Two.<|im_end|>", "No.<|im_end|>"],
 }
-# as the processors of llava-hf write it
-PARTS_TEMPLATE = (
+# one that leaves plain text out, as those of llava-hf's processors do, and one that stumbles over it
+PARTS_TEMPLATES = [
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}"
+    f"{{% for part in message['content']{only} %}}{{{{ part['text'] + ' ' }}}}{{% endfor %}}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
+    for only in (" | selectattr('type', 'equalto', 'text')", "")
+]
 
 
 @pytest.mark.parametrize("name", CONVERSATION_TEMPLATES)
@@ -80,8 +81,9 @@ def test_a_tokenizers_own_template() -> None:
     )
 
 
-def test_a_template_that_wants_parts_loses_no_text() -> None:
-    template = get_conversation_template("tokenizer", make_bpe(chat_template=PARTS_TEMPLATE))
+@pytest.mark.parametrize("parts_template", PARTS_TEMPLATES)
+def test_a_template_that_wants_parts_loses_no_text(parts_template: str) -> None:
+    template = get_conversation_template("tokenizer", make_bpe(chat_template=parts_template))
     prompt, target, answered = template.sample_text(TURNS[:2])
     assert prompt == "USER: <image>\nWhat is it? ASSISTANT: A red square. USER: How many? ASSISTANT:"
     assert target == " Two."
@@ -92,6 +94,14 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     last_only = "{{ messages[-1]['content'] }}"
     template = get_conversation_template("tokenizer", make_bpe(chat_template=last_only))
     with pytest.raises(ValueError, match="writes earlier turns in another way"):
+        template.sample_text(TURNS)
+
+
+def test_a_template_that_refuses_a_conversation() -> None:
+    at_most_one = "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + CHATML_TEMPLATE
+    template = get_conversation_template("tokenizer", make_bpe(chat_template=at_most_one))
+    assert template.sample_text(TURNS[:1]).target == "A red square.<|im_end|>"
+    with pytest.raises(ValueError, match="chat template refuses a conversation: too long"):
         template.sample_text(TURNS)
 
 
