@@ -53,6 +53,9 @@ class CircularAccuracy(SampleRows):
          'l2_category/perception': tensor(0.5000)}
     """
 
+    higher_is_better = True
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
     correct: list[Tensor]
     indices: list[Tensor]
     category: list[Tensor]

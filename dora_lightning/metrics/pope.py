@@ -56,6 +56,9 @@ class POPE(SampleRows):
         (tensor(1.), tensor(0.5000), tensor(1.), tensor(0.8333))
     """
 
+    higher_is_better = True
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
     pairs: list[Tensor]
     splits: list[Tensor]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from dora_lightning.metrics.per_source import _NAME_BYTES, _from_bytes, _to_bytes
+_NAME_BYTES = 64
 
 
 class SampleRows(Metric):
@@ -22,9 +22,6 @@ class SampleRows(Metric):
 
     full_state_update = False
     is_differentiable = False
-    higher_is_better = True
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -60,4 +57,11 @@ def encode_names(names: Sequence[str]) -> Tensor:
 
 def decode_names(rows: Tensor) -> list[str]:
     """The inverse of :func:`encode_names`."""
-    return [_from_bytes(row) for row in rows.cpu()]
+    return [bytes(row).rstrip(b"\0").decode() for row in rows.tolist()]
+
+
+def _to_bytes(name: str) -> Tensor:
+    encoded = name.encode()
+    if len(encoded) > _NAME_BYTES:
+        raise ValueError(f"a name may take {_NAME_BYTES} bytes at most, got {name!r}")
+    return torch.tensor(list(encoded.ljust(_NAME_BYTES, b"\0")), dtype=torch.uint8)

@@ -29,6 +29,23 @@ def test_batches_add_up_and_reset_forgets() -> None:
     assert metric.compute() == {}
 
 
+def test_a_batch_may_be_empty() -> None:
+    metric = PerSourceMean()
+    metric.update(torch.zeros(0), [])
+    assert metric.compute() == {}
+    metric.update(torch.ones(2), ["boolq", "piqa"])
+    metric.update(torch.zeros(0), [])
+    assert {name: float(value) for name, value in metric.compute().items()} == {"boolq": 1.0, "piqa": 1.0}
+
+
+def test_an_update_that_raises_leaves_nothing_behind() -> None:
+    metric = PerSourceMean()
+    metric.update(torch.ones(1), ["boolq"])
+    with pytest.raises(ValueError, match="64 bytes at most"):
+        metric.update(torch.zeros(1), ["n" * 65])
+    assert {name: float(value) for name, value in metric.compute().items()} == {"boolq": 1.0}
+
+
 def test_names_of_any_script_and_up_to_64_bytes() -> None:
     metric = PerSourceMean()
     names = ["largeur", "größe", "大小", "n" * 64, ""]
@@ -44,7 +61,7 @@ def test_names_of_any_script_and_up_to_64_bytes() -> None:
 DISTRIBUTED: dict[str, tuple[Any, Any]] = {
     "different sources, uneven counts": (
         [([1.0, 0.0, 1.0], ["boolq", "boolq", "piqa"]), ([1.0], ["boolq"])],
-        [([0.0], ["siqa"])],
+        [([0.0], ["siqa"]), ([], [])],
     ),
     "one process without any sample": ([([1.0, 0.0], ["boolq", "piqa"])], []),
     "the first process without any sample": ([], [([1.0, 0.0, 0.0], ["boolq", "piqa", "boolq"])]),
