@@ -2,6 +2,7 @@ import io
 import json
 import pickle
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conversation_examples import make_bpe, make_llama_tokenizer, save_llava_processor
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -340,6 +341,44 @@ def test_two_processes_share_the_batches_of_one_and_have_images_together(llava: 
         (sorted(seen), vision) for seen, vision in whole
     ]
     assert [vision for _, vision in left] == [vision for _, vision in right]
+
+
+class KilledError(Exception):
+    """The machine went away."""
+
+
+class SaveAndDie(Callback):
+    """Saves a checkpoint after a step, and ends the run there."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            raise KilledError
+
+
+@pytest.mark.filterwarnings("ignore:.*no `validation_step`.*")
+@pytest.mark.parametrize("step", [4, 9, 11])
+def test_a_run_goes_on_with_the_batches_that_are_left(llava: str, tmp_path: Path, step: int) -> None:
+    def fit(name: str, checkpoint: Path | None = None, callbacks: Sequence[Callback] = ()) -> list[Any]:
+        (tmp_path / name).mkdir()
+        data = Given(llava, [ask(number, number % 3 % 2) for number in range(31)], batch_size=4)
+        options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+        options |= {"default_root_dir": tmp_path, "accelerator": "cpu", "enable_checkpointing": False}
+        trainer = Trainer(max_epochs=2, callbacks=list(callbacks), **options)
+        trainer.fit(Module(tmp_path / name), datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        return steps(tmp_path / name / "rank0")
+
+    whole = fit("whole")  # of 9 batches an epoch
+    checkpoint = tmp_path / "a.ckpt"
+    with pytest.raises(KilledError):
+        fit("first", callbacks=[SaveAndDie(checkpoint, step)])
+    assert steps(tmp_path / "first" / "rank0") == whole[:step]
+    assert fit("rest", checkpoint) == whole[step:]
+    assert {vision for _, vision in whole[step:]} == {True, False}
 
 
 class Unsteady:
