@@ -11,6 +11,7 @@ from datamodules.vision import AspectRatio, VisionDataModule
 from datamodules.vqa_rows import SHORT_ANSWER, VisualQuestion
 from dora_lightning.data import Sample
 from dora_lightning.images import IMAGE
+from dora_lightning.llava_parts import LlavaParts
 
 ANSWERS = {
     "shape": ("circle", "rectangle", "triangle"),
@@ -60,7 +61,7 @@ class EasyVQADataModule(VisionDataModule):
 
     def __init__(
         self,
-        tokenizer: str,
+        tokenizer: str | LlavaParts,
         train_images: int | None = None,
         questions_per_image: int | None = None,
         questions_per_conversation: int | None = None,

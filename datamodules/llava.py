@@ -11,6 +11,7 @@ from datamodules.text import Stage
 from datamodules.vision import AspectRatio, VisionDataModule
 from dora_lightning.data import Sample
 from dora_lightning.images import IMAGE
+from dora_lightning.llava_parts import LlavaParts
 
 _SPEAKERS = ("human", "gpt")
 
@@ -48,7 +49,7 @@ class LlavaInstructions(VisionDataModule):
 
     def __init__(
         self,
-        tokenizer: str,
+        tokenizer: str | LlavaParts,
         train_file: str,
         image_folder: str | None = None,
         val_file: str | None = None,

@@ -18,6 +18,7 @@ from datamodules.rows import OnBadRow
 from datamodules.text import TextDataModule
 from dora_lightning.data import IGNORE, Sample
 from dora_lightning.images import IMAGE, open_image, pad_to_square
+from dora_lightning.llava_parts import LlavaParts
 from dora_lightning.processing import image_token_counts, load_processor
 
 AspectRatio: TypeAlias = Literal["pad", "plain"]
@@ -33,7 +34,8 @@ class VisionDataModule(TextDataModule):
     wants); a batch of text alone has no ``vision``. A global batch has images in all samples or in none.
 
     Args:
-        tokenizer: The model, a folder or hub id: its processor is read, tokenizer included.
+        tokenizer: The model, a folder or hub id, or the parts it is put together from: its processor is read, tokenizer
+            included.
         template: ``vicuna_v1``, ``llama3``, ``chatml``, or ``tokenizer`` for the tokenizer's own chat template.
         image_aspect_ratio: ``pad`` puts an image in the middle of a square in the mean colour, as LLaVA-1.5 does;
             ``plain`` leaves it to the image processor, as LLaVA-NeXT wants it.
@@ -56,7 +58,7 @@ class VisionDataModule(TextDataModule):
 
     def __init__(
         self,
-        tokenizer: str,
+        tokenizer: str | LlavaParts,
         template: str = "vicuna_v1",
         image_aspect_ratio: AspectRatio = "pad",
         batch_size: int = 16,

@@ -15,6 +15,7 @@ from datamodules.vqa_hub import prepare_hub, read_hub
 from datamodules.vqa_rows import VisualQuestion
 from datamodules.vqa_sets import DATASETS, EvaluationSet, locate
 from dora_lightning.data import Sample
+from dora_lightning.llava_parts import LlavaParts
 
 _FILE_READERS: dict[str, Callable[[EvaluationSet, OnBadRow], list[VisualQuestion]]] = {
     "vqav2": read_vqav2,
@@ -60,7 +61,7 @@ class VQADataModule(VisionDataModule):
 
     def __init__(
         self,
-        tokenizer: str,
+        tokenizer: str | LlavaParts,
         datasets: list[str] | dict[str, EvaluationSet],
         data_dir: str | None = None,
         limit: int | None = None,

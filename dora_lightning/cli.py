@@ -105,6 +105,12 @@ class DoRACLI(LightningCLI):
             default=False,
             help="fit: validate before the first step too, and print a table of before and after.",
         )
+        parser.add_argument(
+            "--test_after",
+            type=bool,
+            default=False,
+            help="fit: test what was trained, as the verb test does with the last checkpoint.",
+        )
 
     def _parse_ckpt_path(self) -> None:
         """Do not let hyperparameters of a checkpoint override the config and the command line."""
@@ -142,6 +148,8 @@ class DoRACLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Evaluate the model as it is, unless the run that goes on has done so."""
+        if self.config.fit.test_after and isinstance(self.model, Backbone) and self.model.task is None:
+            raise ValueError("test_after needs a task that judges the answers; give the backbone one (model.task)")
         folder = self._run_folder()
         if not self.config.fit.evaluate_before or _saved_before(folder) is not None:
             return
@@ -156,11 +164,16 @@ class DoRACLI(LightningCLI):
     def after_fit(self) -> None:
         """Say what came out, and mark the run as finished."""
         folder = self._run_folder()
-        if folder is None or self.trainer.interrupted or not self.trainer.is_global_zero:
+        if self.trainer.interrupted:
+            return
+        after = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        if self.config.fit.test_after:
+            self.test(model=self.model, datamodule=self.datamodule)
+            after |= {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        if folder is None or not self.trainer.is_global_zero:
             return
         checkpoint = self.trainer.checkpoint_callback
         saved = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
-        after = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         before = _saved_before(folder)
         if before is not None:
             Console().print(_comparison(before, after))
@@ -251,8 +264,14 @@ def _run(args: list[str] | None) -> None:
 
 def _reason(error: BaseException) -> str:
     """What went wrong, without what jsonargparse says around it when a class could not be made."""
+    union = ""
     while error.__cause__ is not None and "Union subtypes" in str(error):
-        error = error.__cause__
+        union, error = str(error), error.__cause__
+    if str(error).startswith("Expected a <class"):
+        # the value was not of the union's first type; what its own type has to say comes below
+        own = [line for line in union.split("\n") if line.startswith("  - ") and "Expected a <class" not in line]
+        if own:
+            return own[0].removeprefix("  - ")
     return str(error) or type(error).__name__
 
 

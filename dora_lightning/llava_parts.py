@@ -25,6 +25,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     SiglipVisionModel,
@@ -68,9 +69,11 @@ class LlavaParts:
     def __post_init__(self) -> None:
         """Check the fields of a new tower."""
         if isinstance(self.vision, dict):
-            known = set(CLIPVisionConfig().to_dict())
+            known = set(CLIPVisionConfig().to_dict()) - set(PreTrainedConfig().to_dict()) - {"projection_dim"}
             if unknown := sorted(self.vision.keys() - known):
-                raise ValueError(f"vision: {unknown[0]!r} is no field of CLIPVisionConfig; there are {sorted(known)}")
+                raise ValueError(
+                    f"vision: {unknown[0]!r} is no field of CLIPVisionConfig; there are {', '.join(sorted(known))}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers only, for checkpoints."""

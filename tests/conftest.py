@@ -4,13 +4,14 @@ The library is imported inside the fixtures: jaxtyping's import hook is set afte
 """
 
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import MakeBackbone, MakeData, MakeLlama, MakeTrainer, arc_row, boolq_row, save_llama, write_rows
+from tiny import MakeBackbone, MakeData, MakeLlama, MakeTrainer, RunCLI, arc_row, boolq_row, save_llama, write_rows
 
 # tensors this small are ten times slower on two threads that other processes share; child processes read the variable
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -103,3 +104,21 @@ def make_trainer(tmp_path: Path) -> MakeTrainer:
         return Trainer(**(defaults | options))
 
     return make
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunCLI:
+    """Runs the command in this process, in an empty folder."""
+    from dora_lightning.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[1]), *sys.path])
+    monkeypatch.setattr(sys, "argv", ["dora-lightning"])
+    monkeypatch.delenv("DORA_LIGHTNING_TRACEBACK", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what LightningCLI calls
+
+    def run(*args: object) -> None:
+        main([str(arg) for arg in args])
+
+    return run

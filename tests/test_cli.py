@@ -6,35 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from tiny import MakeLlama, boolq_row, write_rows
+from tiny import MakeLlama, RunCLI, boolq_row, write_rows
 
 ROOT = Path(__file__).parents[1]
-RunCLI = Callable[..., None]
-
-
-@pytest.fixture
-def run_cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunCLI:
-    """Runs the command in this process, in an empty folder."""
-    from dora_lightning.cli import main
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
-    monkeypatch.setattr(sys, "argv", ["dora-lightning"])
-    monkeypatch.delenv("DORA_LIGHTNING_TRACEBACK", raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what LightningCLI calls
-
-    def run(*args: object) -> None:
-        main([str(arg) for arg in args])
-
-    return run
 
 
 @pytest.fixture

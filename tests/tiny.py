@@ -80,6 +80,7 @@ MakeLlama = Callable[..., Path]
 MakeBackbone = Callable[..., Any]
 MakeData = Callable[..., Any]
 MakeTrainer = Callable[..., Any]
+RunCLI = Callable[..., None]
 
 
 def boolq_row(number: int) -> dict[str, str]:
