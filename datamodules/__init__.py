@@ -18,6 +18,7 @@ from datamodules.encoding import Collator, EncodedDataset, EncodedSample, encode
 from datamodules.everyday import EverydayDataModule
 from datamodules.everyday_questions import everyday_questions
 from datamodules.llava import LlavaInstructions
+from datamodules.packing import PackingCollator, PackingSampler, pack_lengths
 from datamodules.resuming import ResumableDataLoader, resume_sampler
 from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, read_rows, require_field
 from datamodules.sampling import LengthGroupedSampler
@@ -46,6 +47,8 @@ __all__ = [
     "LengthGroupedSampler",
     "LlavaInstructions",
     "OnBadRow",
+    "PackingCollator",
+    "PackingSampler",
     "PromptTemplate",
     "Question",
     "ResumableDataLoader",
@@ -63,6 +66,7 @@ __all__ = [
     "get_conversation_template",
     "get_template",
     "load_hub_split",
+    "pack_lengths",
     "parse_hub_row",
     "parse_row",
     "read_rows",

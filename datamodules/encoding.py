@@ -134,7 +134,7 @@ def _common_prefix(left: list[int], right: list[int]) -> int:
 
 
 class EncodedDataset(Dataset):
-    """Encoded samples, drawn a whole batch at a time: ``dataset[[3, 1]]``."""
+    """Encoded samples, drawn a whole batch at a time: ``dataset[[3, 1]]``, or packed, ``dataset[[[3, 1], [2]]]``."""
 
     def __init__(self, encoded: list[EncodedSample]) -> None:
         self.encoded = encoded
@@ -146,11 +146,14 @@ class EncodedDataset(Dataset):
         """Number of samples."""
         return len(self.encoded)
 
-    def __getitem__(self, indices: list[int] | int) -> list[EncodedSample]:
-        """The samples of one batch; of one sample where Lightning puts its own sampler in (``overfit_batches``)."""
+    def __getitem__(self, indices: list[int] | list[list[int]] | int) -> list[Any]:
+        """The samples of one batch, or of each of its rows.
+
+        An index alone is a batch of one sample, where Lightning puts its own sampler in (``overfit_batches``).
+        """
         if isinstance(indices, int):
             indices = [indices]
-        return [self.encoded[index] for index in indices]
+        return [self.encoded[i] if isinstance(i, int) else [self.encoded[j] for j in i] for i in indices]
 
 
 class Collator:

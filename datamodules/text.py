@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.encoding import Collator, EncodedDataset, EncodedSample, encode_samples
+from datamodules.packing import PackingCollator, PackingSampler
 from datamodules.resuming import ResumableDataLoader, resume_sampler
 from datamodules.rows import OnBadRow
 from datamodules.sampling import LengthGroupedSampler
@@ -37,6 +38,11 @@ class TextDataModule(LightningDataModule):
         on_bad_row: Stop at the first bad row of a file (``raise``), or leave bad rows out and report how many
             (``skip``).
         group_by_length: Put training samples of like length into a batch, so that little of it is padding.
+        packing_len: Put several training samples into a row of up to so many tokens, in which they do not see one
+            another; ``batch_size`` then counts rows. None for one sample in a row.
+
+    Raises:
+        ValueError: ``packing_len`` is smaller than ``cutoff_len``.
     """
 
     def __init__(
@@ -50,8 +56,13 @@ class TextDataModule(LightningDataModule):
         seed: int = 42,
         on_bad_row: OnBadRow = "raise",
         group_by_length: bool = True,
+        packing_len: int | None = None,
     ) -> None:
         super().__init__()
+        if packing_len is not None and packing_len < cutoff_len:
+            raise ValueError(
+                f"packing_len={packing_len} must be at least cutoff_len={cutoff_len}: every sample is to fit in a row"
+            )
         self.tokenizer_name = tokenizer
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -61,6 +72,7 @@ class TextDataModule(LightningDataModule):
         self.seed = seed
         self.on_bad_row = on_bad_row
         self.group_by_length = group_by_length
+        self.packing_len = packing_len
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._datasets: dict[Stage, EncodedDataset] = {}
 
@@ -124,17 +136,18 @@ class TextDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of like length; goes on where a checkpoint stopped, to the batch."""
         dataset = self._datasets["train"]
-        sampler = LengthGroupedSampler(
-            dataset.lengths,
-            self.batch_size,
-            seed=self.seed,
-            groups=dataset.groups,
-            group_by_length=self.group_by_length,
-            **self._replicas(),
-        )
+        options = {"seed": self.seed, "group_by_length": self.group_by_length, **self._replicas()}
+        collator = self.collator()
+        sampler: LengthGroupedSampler
+        if self.packing_len is None:
+            sampler = LengthGroupedSampler(dataset.lengths, self.batch_size, groups=dataset.groups, **options)
+        else:
+            assert self.tokenizer is not None
+            sampler = PackingSampler(dataset.lengths, self.packing_len, self.batch_size, **options)
+            collator = PackingCollator(self.tokenizer.pad_token_id, self.packing_len)
         if self.trainer is not None:
             resume_sampler(self.trainer, sampler)
-        return self._loader(dataset, sampler, ResumableDataLoader)
+        return self._loader(dataset, sampler, collator, ResumableDataLoader)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Every validation sample once, longest first; no loader if there are none."""
@@ -155,14 +168,16 @@ class TextDataModule(LightningDataModule):
         sampler = LengthGroupedSampler(
             dataset.lengths, self.eval_batch_size, shuffle=False, groups=dataset.groups, **self._replicas()
         )
-        return self._loader(dataset, sampler, DataLoader)
+        return self._loader(dataset, sampler, self.collator(), DataLoader)
 
-    def _loader(self, dataset: EncodedDataset, sampler: LengthGroupedSampler, cls: type[DataLoader]) -> DataLoader:
+    def _loader(
+        self, dataset: EncodedDataset, sampler: LengthGroupedSampler, collator: Collator, cls: type[DataLoader]
+    ) -> DataLoader:
         return cls(
             dataset,
             sampler=sampler,
             batch_size=None,  # the sampler yields whole batches
-            collate_fn=self.collator(),
+            collate_fn=collator,
             num_workers=self.num_workers,
             # each iterator draws a seed; from torch's own generator, a run that is resumed at the end of an epoch, and
             # makes one iterator less, would drop other values than the uninterrupted one

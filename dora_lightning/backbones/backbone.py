@@ -90,6 +90,10 @@ class Backbone(LightningModule):
     ) -> list[Tensor]:
         """Log-likelihood ``[options]`` of each prompt's options."""
 
+    def held_out_metrics(self, loss: Tensor) -> dict[str, Tensor]:
+        """What is logged of validation beside the mean ``loss``, by name."""
+        return {}
+
     def inject(self, model: PreTrainedModel) -> None:
         """Put the adapters into the pretrained model, and freeze what does not train."""
         inject_adapters(model, self.adapter)
@@ -182,7 +186,9 @@ class Backbone(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss and the task's metrics."""
-        self.log("val/loss", self.validation_loss.compute(), prog_bar=True)
+        loss = self.validation_loss.compute()
+        self.log("val/loss", loss, prog_bar=True)
+        self.log_dict({f"val/{name}": value for name, value in self.held_out_metrics(loss).items()})
         if self.judge_in_validation:
             self._finish_judging("val")
 

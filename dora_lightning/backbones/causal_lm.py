@@ -29,6 +29,7 @@ def supervised_loss(
     attention_mask: Tensor,
     labels: Tensor,
     vision: Mapping[str, Tensor] | None = None,
+    position_ids: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """Mean cross-entropy over supervised positions, and how many there are.
 
@@ -38,15 +39,46 @@ def supervised_loss(
         attention_mask: ``[B, T]``, 0 on padding.
         labels: ``[B, T]``, the input's own ids where supervised, ``IGNORE`` elsewhere; shifted here.
         vision: what the image processor made of the images, in their order (``pixel_values``, ...).
+        position_ids: ``[B, T]`` of packed rows, which hold several sequences: it begins at 0 with each of them, and
+            with the padding. Nothing is attended to across these beginnings. None for one sequence in a row.
     """
+    logits, targets, _ = _supervised_logits(model, input_ids, attention_mask, labels, vision, position_ids)
+    if not len(targets):
+        return logits.sum() * 0.0, 0
+    return F.cross_entropy(logits.float(), targets), len(targets)
+
+
+def sequence_log_likelihoods(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+) -> Tensor:
+    """Sum of the log-probabilities of each sequence's supervised tokens, ``[B]``, in fp32.
+
+    Args:
+        model: causal language model.
+        input_ids: ``[B, T]``.
+        attention_mask: ``[B, T]``, 0 on padding.
+        labels: ``[B, T]``, the input's own ids where supervised, ``IGNORE`` elsewhere; shifted here.
+    """
+    logits, targets, rows = _supervised_logits(model, input_ids, attention_mask, labels)
+    log_probs = -F.cross_entropy(logits.float(), targets, reduction="none")  # [N]
+    return log_probs.new_zeros(len(input_ids)).index_add(0, rows, log_probs)
+
+
+def _supervised_logits(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    vision: Mapping[str, Tensor] | None = None,
+    position_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits ``[N, V]`` of what is supervised, the tokens ``[N]`` that should follow, and their rows ``[N]``."""
     targets = labels[:, 1:]
     supervised = targets != IGNORE  # [B, T - 1]
-    hidden = _hidden(model, input_ids, attention_mask, vision=vision)  # [B, T, D]
-    logits = _logits(model, hidden[:, :-1][supervised])  # [N, V]
-    count = int(supervised.sum())
-    if count == 0:
-        return logits.sum() * 0.0, 0
-    return F.cross_entropy(logits.float(), targets[supervised]), count
+    # the models see packed rows by their positions, and only where they are given no mask and no cache
+    mask = attention_mask if position_ids is None else None
+    hidden = _hidden(model, input_ids, mask, position_ids, vision=vision)  # [B, T, D]
+    return _logits(model, hidden[:, :-1][supervised]), targets[supervised], supervised.nonzero()[:, 0]
 
 
 @torch.no_grad()
@@ -172,7 +204,7 @@ def _pad(rows: Sequence[Sequence[int]], device: torch.device, left: bool = False
 def _hidden(
     model: PreTrainedModel,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     position_ids: Tensor | None = None,
     cache: Cache | None = None,
     vision: Mapping[str, Tensor] | None = None,
@@ -183,6 +215,8 @@ def _hidden(
     if cache is not None:
         # transformers renamed the keyword
         inputs["cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"] = cache
+    elif attention_mask is None:
+        inputs["use_cache"] = False  # else the model makes a cache of its own, and takes a packed row for one sequence
     inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     return body(**inputs).last_hidden_state
 

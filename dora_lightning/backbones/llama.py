@@ -27,7 +27,8 @@ class DoRALlama(Backbone):
     """A causal language model of the LLaMA family with adapters.
 
     Batches are dicts with ``input_ids``, ``attention_mask``, ``labels`` ``[batch, tokens]`` and ``samples``, the
-    list of :class:`dora_lightning.data.Sample` they were made from.
+    list of :class:`dora_lightning.data.Sample` they were made from. Packed rows, each of several samples, come with
+    ``position_ids`` that begin at 0 with each sample; they never attend to one another.
 
     Args:
         model_name_or_path: folder, hub id, GGUF file or ``package:NAME`` of any LLaMA-family ``AutoModelForCausalLM``.
@@ -75,7 +76,17 @@ class DoRALlama(Backbone):
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
         """Mean cross-entropy over supervised tokens, and how many they are; images are refused."""
         _check_no_images(batch.get("vision"))
-        return supervised_loss(self.language_model, batch["input_ids"], batch["attention_mask"], batch["labels"])
+        return supervised_loss(
+            self.language_model,
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["labels"],
+            position_ids=batch.get("position_ids"),
+        )
+
+    def held_out_metrics(self, loss: Tensor) -> dict[str, Tensor]:
+        """Perplexity of the supervised tokens, ``exp(loss)``."""
+        return {"perplexity": loss.exp()}
 
     def generate(self, prompts: Sequence[str], vision: Mapping[str, Tensor] | None = None, **options: Any) -> list[str]:
         """Continuation of each prompt; ``options`` as in ``generate`` of transformers.
