@@ -2,6 +2,7 @@
 
 from dora_lightning.adapters import (
     AdapterConfig,
+    adapters_disabled,
     inject_adapters,
     load_peft_adapter,
     merge_adapters,
@@ -11,6 +12,7 @@ from dora_lightning.adapters import (
 
 __all__ = [
     "AdapterConfig",
+    "adapters_disabled",
     "inject_adapters",
     "load_peft_adapter",
     "merge_adapters",

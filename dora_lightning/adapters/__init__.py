@@ -9,20 +9,24 @@ from dora_lightning.adapters.inject import (
     restrict_to_magnitude,
 )
 from dora_lightning.adapters.layers import AdapterLayer, DoRALinear, LoRALinear, MagnitudeLinear
-from dora_lightning.adapters.merge import merge_adapters, unmerge_adapters
+from dora_lightning.adapters.merge import adapters_disabled, merge_adapters, unmerge_adapters
 from dora_lightning.adapters.peft_reading import load_peft_adapter
 from dora_lightning.adapters.peft_writing import save_peft_adapter
 from dora_lightning.adapters.summary import AdapterSummary, parameter_group, summarize_adapters
+from dora_lightning.adapters.vera import DVoRALinear, VeRALinear
 
 __all__ = [
     "AdapterConfig",
     "AdapterLayer",
     "AdapterSummary",
+    "DVoRALinear",
     "DoRALinear",
     "LoRALinear",
     "MagnitudeLinear",
+    "VeRALinear",
     "adapted_submodule",
     "adapter_layers",
+    "adapters_disabled",
     "find_targets",
     "inject_adapters",
     "load_peft_adapter",

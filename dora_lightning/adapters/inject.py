@@ -5,22 +5,28 @@ from __future__ import annotations
 import copy
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from dora_lightning.adapters.config import AdapterConfig
+from dora_lightning.adapters.config import AdapterConfig, by_pattern
 from dora_lightning.adapters.layers import AdapterLayer, DoRALinear, LoRALinear, MagnitudeLinear
+from dora_lightning.adapters.operators import is_linear, operator_of
+from dora_lightning.adapters.vera import DVoRALinear, VeRALinear
 
 ALL_LINEAR = "all-linear"
 
-_LAYERS: dict[str, type[DoRALinear] | type[LoRALinear] | type[MagnitudeLinear]] = {
+_LAYERS: dict[str, type[AdapterLayer]] = {
     "dora": DoRALinear,
     "lora": LoRALinear,
+    "vera": VeRALinear,
+    "dvora": DVoRALinear,
     "magnitude": MagnitudeLinear,
 }
+_ADAPTABLE = "linear layers, convolutions and embeddings"
 
 
 def inject_adapters(model: nn.Module, config: AdapterConfig) -> nn.Module:
@@ -46,22 +52,32 @@ def inject_adapters(model: nn.Module, config: AdapterConfig) -> nn.Module:
         raise ValueError("the model already has adapters of another config; load it anew to inject different ones")
 
     methods = find_targets(model, config)
+    config = replace(copy.deepcopy(config), resolved=_resolved(model, methods))
+    _check_patterns_are_used(config, methods)
+    trained = {name for name, method in methods.items() if method == "full"}
+    _check_untied(model, trained)
     # all are made before the first is put in place: if one fails (out of memory), the model is as it was
-    layers = {name: _adapter_layer(model.get_submodule(name), method, config) for name, method in methods.items()}
+    layers = {
+        name: _adapter_layer(model.get_submodule(name), method, config, name)
+        for name, method in methods.items()
+        if method != "full"
+    }
     model.requires_grad_(False)
+    for name in trained:
+        model.get_submodule(name).requires_grad_(True)
     for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        layer.base_layer.requires_grad_(False)
+        _put(model, name, layer)
     _leave_fused_paths(model)
-    model.adapter_config = copy.deepcopy(config)  # type: ignore[assignment]  # nn.Module's setattr is typed for tensors and modules
+    model.adapter_config = config  # type: ignore[assignment]  # nn.Module's setattr is typed for tensors and modules
     return model
 
 
 def restrict_to_magnitude(model: nn.Module, patterns: str | list[str]) -> list[str]:
     """Let the modules that match train their magnitude alone, in place; what else trains stays as it is.
 
-    An adapter that a module has gives way to a :class:`~dora_lightning.adapters.layers.MagnitudeLinear`; a plain
-    ``nn.Linear`` gets one and is frozen. Nothing happens where it is one already.
+    An adapter that a module has gives way to a :class:`~dora_lightning.adapters.layers.MagnitudeLinear`; a plain module
+    gets one and is frozen. Nothing happens where it is one already.
 
     Args:
         model: with or without adapters.
@@ -81,12 +97,14 @@ def restrict_to_magnitude(model: nn.Module, patterns: str | list[str]) -> list[s
         layer = model.get_submodule(name)
         if not isinstance(layer, MagnitudeLinear):
             base_layer = layer.base_layer if isinstance(layer, AdapterLayer) else layer
-            _replace(model, name, "magnitude", base_layer, config)
+            base_layer.requires_grad_(False)
+            _put(model, name, _adapter_layer(base_layer, "magnitude", config, name))
     _leave_fused_paths(model)
-    if present is None:
-        model.adapter_config = config  # type: ignore[assignment]  # nn.Module's setattr is typed for tensors and modules
-    else:
-        model.adapter_config = replace(present, magnitude_only_modules=names)  # type: ignore[assignment]
+    config = config if present is None else replace(present, magnitude_only_modules=names)
+    # VeRA's pair stays what it was, though the widest of its modules may be among those that left it
+    pair = {key: value for key, value in config.resolved.items() if key == "projection"}
+    resolved = _resolved(model, find_targets(model, config)) | pair
+    model.adapter_config = replace(config, resolved=resolved)  # type: ignore[assignment]  # as above
     return names
 
 
@@ -99,7 +117,8 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, str]:
     modules = _named_modules(model)
     for name in _excluded(modules, config.exclude_modules):
         del modules[name]
-    targets = _matches(modules, config.target_modules, "target_modules", _output_embedding(model))
+    full = config.method == "full"
+    targets = _matches(modules, config.target_modules, "target_modules", _output_embedding(model), full)
     magnitude_only = _matches(
         modules, config.magnitude_only_modules, "magnitude_only_modules", _output_embedding(model)
     )
@@ -142,15 +161,55 @@ def _leave_fused_paths(model: nn.Module) -> None:
                 module.activation_relu_or_gelu = 0  # its own sign for "no fused path"
 
 
-def _adapter_layer(base_layer: nn.Module, method: str, config: AdapterConfig) -> AdapterLayer:
-    assert isinstance(base_layer, nn.Linear)  # find_targets has checked
-    layer = _LAYERS[method](base_layer, config)
+def _adapter_layer(base_layer: nn.Module, method: str, config: AdapterConfig, name: str) -> AdapterLayer:
+    try:
+        layer = _LAYERS[method](base_layer, config, name)
+    except ValueError as error:
+        raise ValueError(f"{name}, a {type(base_layer).__name__}: {error}") from error
     return layer.train(base_layer.training)
 
 
-def _is_adaptable(module: nn.Module) -> bool:
-    # nn.MultiheadAttention reads the weight of its out_proj and never calls it: an adapter there would train nothing
-    return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _resolved(model: nn.Module, methods: dict[str, str]) -> dict[str, Any]:
+    """``AdapterConfig.resolved``: what a reader of checkpoints must know of the model."""
+    modules = _named_modules(model)
+    operators = {name: operator_of(modules[name]) for name, method in methods.items() if method != "full"}
+    transposed = [name for name, operator in operators.items() if operator is not None and operator.transposed]
+    owners = Counter(
+        id(weight) for module in modules.values() if (weight := module._parameters.get("weight")) is not None
+    )
+    tied = [name for name in operators if owners[id(modules[name].weight)] > 1]
+    shapes = [
+        operator.features(modules[name])
+        for name, operator in operators.items()
+        if operator is not None and methods[name] in ("vera", "dvora")
+    ]
+    projection = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    found = {"transposed": transposed, "tied": tied, "projection": projection}
+    return {key: value for key, value in found.items() if value}
+
+
+def _check_patterns_are_used(config: AdapterConfig, methods: dict[str, str]) -> None:
+    names = [name for name, method in methods.items() if method == config.method]
+    for option in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, option):
+            if not any(by_pattern(name, {pattern: True}, False) for name in names):
+                raise ValueError(f"{option}: {pattern!r} matches none of the target modules")
+
+
+def _check_untied(model: nn.Module, trained: set[str]) -> None:
+    """Refuse to train in full what is also the weight of a module that is no target."""
+    inside = {id(p) for name in trained for p in model.get_submodule(name).parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in inside and not any(name.startswith(f"{target}.") for target in trained):
+            raise ValueError(
+                f"{name} is the same tensor as one of a target's: training it in full changes both. "
+                "Name both modules in target_modules, or untie them first"
+            )
 
 
 def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -163,22 +222,17 @@ def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _replace(model: nn.Module, name: str, method: str, base_layer: nn.Module, config: AdapterConfig) -> None:
-    assert isinstance(base_layer, nn.Linear)  # find_targets has checked
-    base_layer.requires_grad_(False)
-    layer = _LAYERS[method](base_layer, config)
-    layer.train(base_layer.training)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
-
-
 def _matches(
-    modules: dict[str, nn.Module], patterns: str | list[str], option: str, output_embedding: nn.Module | None
+    modules: dict[str, nn.Module],
+    patterns: str | list[str],
+    option: str,
+    output_embedding: nn.Module | None,
+    full: bool = False,
 ) -> set[str]:
     if not patterns:
         return set()
     if patterns == ALL_LINEAR:
-        found = {n for n, m in modules.items() if _is_adaptable(m) and m is not output_embedding}
+        found = {n for n, m in modules.items() if is_linear(m) and m is not output_embedding}
         if not found:
             raise ValueError(f"{option}: the model has no nn.Linear to adapt")
         return found
@@ -187,12 +241,14 @@ def _matches(
         if not found:
             raise ValueError(f"{option}: {pattern!r} matches no module. {_what_would_match(modules, pattern)}")
         for name in sorted(found):
-            if not _is_adaptable(modules[name]):
+            if not full and operator_of(modules[name]) is None:
                 kind = type(modules[name]).__name__
                 raise ValueError(
-                    f"{option}: {pattern!r} matches {name}, a {kind}; only nn.Linear can be adapted. "
+                    f"{option}: {pattern!r} matches {name}, a {kind}; only {_ADAPTABLE} can be adapted. "
                     f"{_what_would_match(modules, pattern)}"
                 )
+        if full and not any(True for name in found for _ in modules[name].parameters()):
+            raise ValueError(f"{option}: {pattern!r} matches {', '.join(sorted(found))}, without parameters to train")
         matched |= found
     return matched
 
@@ -216,7 +272,7 @@ def _found(modules: dict[str, nn.Module], patterns: str | list[str]) -> Iterator
 
 
 def _what_would_match(modules: dict[str, nn.Module], pattern: str) -> str:
-    names = sorted({name.rpartition(".")[2] for name, module in modules.items() if _is_adaptable(module)})
+    names = sorted({name.rpartition(".")[2] for name, module in modules.items() if is_linear(module)})
     if not names:
         return "The model has no nn.Linear."
     close = difflib.get_close_matches(pattern.rpartition(".")[2], names, n=1)

@@ -1,13 +1,14 @@
-"""Adapter layers around a frozen ``nn.Linear``: low-rank (LoRA), weight-decomposed (DoRA), and magnitude alone.
+"""Adapter layers around a frozen linear operator: low-rank (LoRA), weight-decomposed (DoRA), and magnitude alone.
 
 Each holds the module it replaces as ``base_layer`` and its own parameters as plain ``nn.Parameter`` (not ``nn.Linear``,
-which precision plugins convert wherever they find one). ``weight``, ``bias``, ``in_features`` and ``out_features`` read
-through to the base, since model code looks at them. See :mod:`dora_lightning.adapters.functional` for the shapes.
+which precision plugins convert wherever they find one). ``weight``, ``bias``, ``in_features``, ``out_features`` and
+what else model code looks at read through to the base. Whatever the base is, parameters belong to its matrix
+``W [out, in]`` (:mod:`dora_lightning.adapters.operators`): ``lora_A [rank, in]``, ``lora_B [out, rank / groups]``,
+``magnitude [out]``. See :mod:`dora_lightning.adapters.functional` for the formulas.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,43 +17,73 @@ from torch import Tensor, nn
 
 from dora_lightning.adapters import functional
 from dora_lightning.adapters.config import AdapterConfig
+from dora_lightning.adapters.initialization import draws_from_weight, start_low_rank
 from dora_lightning.adapters.norm_cache import NormCache
+from dora_lightning.adapters.operators import (
+    Operator,
+    as_matrix,
+    as_stored,
+    is_linear,
+    is_lookup,
+    operator_of,
+    ungrouped,
+)
 
 
 class AdapterLayer(nn.Module):
-    """What every adapter around an ``nn.Linear`` shares: the frozen base, merging, and fp32 parameters.
+    """What every adapter shares: the frozen base, merging, and fp32 parameters.
 
     The adapter's parameters stay in fp32 when the model is cast to a half-precision dtype: a bf16 magnitude would not
     move under a step of 1e-4 at all.
+
+    Args:
+        base_layer: what :func:`~dora_lightning.adapters.operators.operator_of` knows.
+        config: how it is adapted.
+        name: its dotted name in the model, for ``rank_pattern`` and ``alpha_pattern``.
+
+    Raises:
+        ValueError: the config makes no sense for such a base layer; the message says why.
     """
 
     method: ClassVar[str]
 
-    def __init__(self, base_layer: nn.Linear) -> None:
+    def __init__(self, base_layer: nn.Module, config: AdapterConfig, name: str = "") -> None:
         super().__init__()
-        self.base_layer = base_layer
+        operator = operator_of(base_layer)
+        assert operator is not None  # find_targets has checked
+        self.base_layer: Any = base_layer
+        self.operator: Operator = operator
+        for attribute in operator.attributes:
+            # not by __getattr__, which every access to a parameter would pass through
+            setattr(self, attribute, getattr(base_layer, attribute))
+        self.disabled = False
         # the parameter that merging replaced, kept out of parameters() and state_dict()
         self._unmerged: tuple[Tensor, ...] = ()
 
     @property
     def weight(self) -> Tensor:
-        """Weight of the base layer ``[out, in]``."""
+        """Weight of the base layer, as it stores it."""
         return self.base_layer.weight
 
     @property
     def bias(self) -> Tensor | None:
         """Bias of the base layer ``[out]``."""
-        return self.base_layer.bias
+        return getattr(self.base_layer, "bias", None)
 
     @property
     def in_features(self) -> int:
-        """Input features of the base layer."""
-        return self.base_layer.in_features
+        """Columns of ``W``: input features of a linear layer, tokens of an embedding."""
+        return self.operator.features(self.base_layer)[1]
 
     @property
     def out_features(self) -> int:
-        """Output features of the base layer."""
-        return self.base_layer.out_features
+        """Rows of ``W``: output features of a linear layer, dimensions of an embedding."""
+        return self.operator.features(self.base_layer)[0]
+
+    @property
+    def matrix(self) -> Tensor:
+        """``W [out, in]``, in the memory of the base's weight."""
+        return as_matrix(self.base_layer.weight, self.operator.transposed)
 
     @property
     def merged(self) -> bool:
@@ -60,16 +91,13 @@ class AdapterLayer(nn.Module):
         return bool(self._unmerged)
 
     def merged_weight(self) -> Tensor:
-        """The weight ``[out, in]`` of the plain layer that computes the same, as a new tensor in the base's dtype."""
+        """The weight of the plain layer that computes the same, as a new tensor in the base's shape and dtype."""
         raise NotImplementedError
 
     def merge(self) -> None:
         """Put the merged weight into the base layer, keeping the original for :meth:`unmerge`."""
-        if self.merged:
-            return
-        original = self.base_layer.weight
-        self.base_layer.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
-        self._unmerged = (original,)
+        if not self.merged:
+            self.put_weight(nn.Parameter(self.merged_weight(), requires_grad=False))
 
     def unmerge(self) -> None:
         """Put the original weight back: the very parameter, hence bit for bit."""
@@ -77,8 +105,16 @@ class AdapterLayer(nn.Module):
             (self.base_layer.weight,) = self._unmerged
             self._unmerged = ()
 
+    def put_weight(self, merged: nn.Parameter) -> None:
+        """Have the base layer hold a merged weight, keeping the original for :meth:`unmerge`."""
+        original = self.base_layer.weight
+        self.base_layer.weight = merged
+        self._unmerged = (original,)
+
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``x [..., in]`` to ``[..., out]``."""
+        """Map ``x [..., in]`` to ``[..., out]``, or what the base layer takes to what it gives."""
+        if self.disabled:
+            return self.base_layer(x)
         if not self.merged:
             return self._adapted(x)
         if self.training and torch.is_grad_enabled():
@@ -88,61 +124,116 @@ class AdapterLayer(nn.Module):
     def _adapted(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def _merged_weight(self, *args: Any, **options: Any) -> Tensor:
+        with torch.no_grad():
+            merged = functional.merge_weight(self.matrix, *args, **options)
+            return as_stored(merged, self.weight, self.operator.transposed)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        wide = {
-            name: (p.detach(), None if p.grad is None else p.grad.detach())
-            for name, p in self.named_parameters(recurse=False)
-        }
+        own = [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]
+        wide = {name: (p.detach(), None if p.grad is None else p.grad.detach()) for name, p in own}
         super()._apply(fn, recurse)
-        for name, parameter in self.named_parameters(recurse=False):
-            if parameter.dtype in (torch.float16, torch.bfloat16):
+        for name, tensor in (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)):
+            if tensor.dtype in (torch.float16, torch.bfloat16):
                 data, grad = wide[name]
-                parameter.data = data.to(parameter.device)
-                parameter.grad = None if grad is None else grad.to(parameter.device)
+                tensor.data = data.to(tensor.device)
+                tensor.grad = None if grad is None else grad.to(tensor.device)
         for original in self._unmerged:
             original.data = fn(original.data)
         return self
 
 
 class LoRALinear(AdapterLayer):
-    """``y = W x + s B A x~ + bias``, with ``lora_A [rank, in]`` and ``lora_B [out, rank]``."""
+    """``y = W x + s B A x~ + bias``, with ``lora_A [rank, in]`` and ``lora_B [out, rank / groups]``.
+
+    With ``init="pissa"`` or ``"olora"`` the update is ``s (B A - B0 A0)`` with the first values ``A0`` and ``B0`` kept
+    in buffers, see :mod:`dora_lightning.adapters.initialization`.
+    """
 
     method = "lora"
 
-    def __init__(self, base_layer: nn.Linear, config: AdapterConfig) -> None:
-        super().__init__(base_layer)
-        options = _like(base_layer.weight)
-        self.rank = config.rank
-        self.scaling = config.scaling
-        self.lora_A = nn.Parameter(torch.empty(config.rank, base_layer.in_features, **options))
-        self.lora_B = nn.Parameter(torch.empty(base_layer.out_features, config.rank, **options))
+    def __init__(self, base_layer: nn.Module, config: AdapterConfig, name: str = "") -> None:
+        super().__init__(base_layer, config, name)
         self.dropout = nn.Dropout(config.dropout)
+        self.rank = config.rank_of(name)
+        self.scaling = config.scaling_of(name)
+        self.init = config.init
+        self.init_A: Tensor | None
+        self.init_B: Tensor | None
+        self._make_parameters(config)
         self._reset_low_rank()
 
     def reset_parameters(self) -> None:
-        """Kaiming-uniform ``A`` and zero ``B``, so that training starts at the pretrained function."""
+        """Start ``A`` and ``B`` as ``init`` says, so that training starts at the pretrained function."""
         self._reset_low_rank()
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """``A [rank, in]`` and ``B [out, rank]`` of the update ``s B A``, for autograd too.
+
+        Twice the rank where the first values are taken out of the update.
+        """
+        A, B = self._factors()
+        return A, ungrouped(A, B)
 
     def merged_weight(self) -> Tensor:
         """``W + s B A``."""
-        with torch.no_grad():
-            return functional.merge_weight(self.weight, self.lora_A, self.lora_B, self.scaling)
+        return self._merged_weight(*self.low_rank(), self.scaling)
 
     def extra_repr(self) -> str:
-        """Rank and scaling."""
-        return f"rank={self.rank}, scaling={self.scaling:g}"
+        """Rank, scaling and what differs from the default."""
+        return f"rank={self.rank}, scaling={self.scaling:g}" + ("" if self.init == "kaiming" else f", init={self.init}")
+
+    def _make_parameters(self, config: AdapterConfig) -> None:
+        rows, columns = self.operator.features(self.base_layer)
+        groups = self.operator.groups(self.base_layer)
+        if self.rank % groups:
+            raise ValueError(f"the rank must be a multiple of the convolution's {groups} groups, got {self.rank}")
+        options = wide_like(self.weight)
+        self.lora_A = nn.Parameter(torch.empty(self.rank, columns, **options))
+        self.lora_B = nn.Parameter(torch.empty(rows, self.rank // groups, **options))
+        if groups > 1 and self.init not in ("kaiming", "gaussian"):
+            raise ValueError(
+                f"init={self.init!r} is made for one matrix; a convolution with {groups} groups has several"
+            )
+        if not draws_from_weight(self.init):
+            self.init_A = self.init_B = None
+            return
+        if self.rank > min(rows, columns):
+            raise ValueError(f"init={self.init!r} needs a rank of at most {min(rows, columns)}, got {self.rank}")
+        self.register_buffer("init_A", torch.empty_like(self.lora_A, requires_grad=False))
+        self.register_buffer("init_B", torch.empty_like(self.lora_B, requires_grad=False))
 
     def _reset_low_rank(self) -> None:
-        draw_low_rank(self.lora_A)
-        nn.init.zeros_(self.lora_B)
+        start_low_rank(
+            self.lora_A, self.lora_B, self.init, self.matrix, self.scaling, lookup=is_lookup(self.base_layer)
+        )
+        if self.init_A is not None and self.init_B is not None:
+            self.init_A.copy_(self.lora_A.detach())
+            self.init_B.copy_(self.lora_B.detach())
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """The factors as the operator applies them."""
+        if self.init_A is None or self.init_B is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.init_A]), torch.cat([self.lora_B, -self.init_B], dim=1)
+
+    def _watched(self) -> list[Tensor]:
+        """What the update is computed from."""
+        first = [] if self.init_A is None or self.init_B is None else [self.init_A, self.init_B]
+        return [self.lora_A, self.lora_B, *first]
 
     def _dropped(self, x: Tensor) -> Tensor | None:
-        return self.dropout(x) if self.training and self.dropout.p > 0 else None
+        if not self.training or self.dropout.p == 0 or not x.is_floating_point():
+            return None
+        return self.dropout(x)
+
+    def _outputs(self, x: Tensor, bias: Tensor | None, gain: Tensor | None, x_dropped: Tensor | None) -> Tensor:
+        """``gain (W x + s B A x_dropped) + bias``."""
+        A, B = self._factors()
+        return self.operator.adapted(self.base_layer, x, bias, A, B, self.scaling, gain=gain, x_dropped=x_dropped)
 
     def _adapted(self, x: Tensor) -> Tensor:
-        return functional.adapter_linear(
-            x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, x_dropped=self._dropped(x)
-        )
+        return self._outputs(x, self.bias, None, self._dropped(x))
 
 
 class DoRALinear(LoRALinear):
@@ -155,14 +246,14 @@ class DoRALinear(LoRALinear):
 
     method = "dora"
 
-    def __init__(self, base_layer: nn.Linear, config: AdapterConfig) -> None:
-        super().__init__(base_layer, config)
+    def __init__(self, base_layer: nn.Module, config: AdapterConfig, name: str = "") -> None:
+        super().__init__(base_layer, config, name)
         self.detach_norm = config.detach_norm
         self.exact_dropout = config.exact_dropout
         self.norm_axis = config.norm_axis
         self._base_norm_sq = NormCache()
         self._norm = NormCache()
-        self.magnitude = _empty_magnitude(base_layer, config)
+        self.magnitude = _empty_magnitude(self, config)
         self.reset_magnitude()
 
     def reset_parameters(self) -> None:
@@ -179,14 +270,11 @@ class DoRALinear(LoRALinear):
         """Norm of ``W + s B A``, kept until something changes; differentiable with ``detach_norm=False``."""
         if not self.detach_norm and torch.is_grad_enabled():
             return self._compute_norm()
-        return self._norm.get(self._compute_norm, large=[self.weight], small=[self.lora_A, self.lora_B])
+        return self._norm.get(self._compute_norm, large=[self.weight], small=self._watched())
 
     def merged_weight(self) -> Tensor:
         """``g (W + s B A)``."""
-        with torch.no_grad():
-            return functional.merge_weight(
-                self.weight, self.lora_A, self.lora_B, self.scaling, self.magnitude, self.norm_axis
-            )
+        return self._merged_weight(*self.low_rank(), self.scaling, self.magnitude, self.norm_axis)
 
     def extra_repr(self) -> str:
         """Rank, scaling and what differs from the default."""
@@ -194,9 +282,8 @@ class DoRALinear(LoRALinear):
 
     def _per_feature(self) -> tuple[Tensor, Tensor, Tensor]:
         """``W``, ``A``, ``B`` with the features that have a magnitude in rows."""
-        if self.norm_axis == "out":
-            return self.weight, self.lora_A, self.lora_B
-        return self.weight.T, self.lora_B.T, self.lora_A.T
+        A, B = self.low_rank()
+        return (self.matrix, A, B) if self.norm_axis == "out" else (self.matrix.T, B.T, A.T)
 
     def _compute_norm(self) -> Tensor:
         weight, A, B = self._per_feature()
@@ -207,16 +294,15 @@ class DoRALinear(LoRALinear):
 
     def _adapted(self, x: Tensor) -> Tensor:
         gain = functional.gain(self.magnitude, self.norm())
-        low_rank = (self.lora_A, self.lora_B, self.scaling)
         if self.norm_axis == "in":
             x = _scaled_input(x, gain)
-            return functional.adapter_linear(x, self.weight, self.bias, *low_rank, x_dropped=self._dropped(x))
+            return self._outputs(x, self.bias, None, self._dropped(x))
         dropped = self._dropped(x)
         if dropped is None or not self.exact_dropout:
-            return functional.adapter_linear(x, self.weight, self.bias, *low_rank, gain=gain, x_dropped=dropped)
+            return self._outputs(x, self.bias, gain, dropped)
         # W x + (g - 1) W x~ + g s B A x~, regrouped
-        base = functional.adapter_linear(x - dropped, self.weight, self.bias)
-        return base + functional.adapter_linear(dropped, self.weight, None, *low_rank, gain=gain)
+        base = self.operator.adapted(self.base_layer, x - dropped, self.bias)
+        return base + self._outputs(dropped, None, gain, None)
 
 
 class MagnitudeLinear(AdapterLayer):
@@ -224,11 +310,11 @@ class MagnitudeLinear(AdapterLayer):
 
     method = "magnitude"
 
-    def __init__(self, base_layer: nn.Linear, config: AdapterConfig) -> None:
-        super().__init__(base_layer)
+    def __init__(self, base_layer: nn.Module, config: AdapterConfig, name: str = "") -> None:
+        super().__init__(base_layer, config, name)
         self.norm_axis = config.norm_axis
         self._norm = NormCache()
-        self.magnitude = _empty_magnitude(base_layer, config)
+        self.magnitude = _empty_magnitude(self, config)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -242,26 +328,20 @@ class MagnitudeLinear(AdapterLayer):
 
     def norm(self) -> Tensor:
         """Norm of ``W``, computed once."""
-        return self._norm.get(lambda: _row_norm(self._per_feature()), large=[self.weight], small=[])
+        return self._norm.get(self._compute_norm, large=[self.weight], small=[])
 
     def merged_weight(self) -> Tensor:
         """``g W``."""
-        with torch.no_grad():
-            return functional.merge_weight(self.weight, magnitude=self.magnitude, norm_axis=self.norm_axis)
+        return self._merged_weight(magnitude=self.magnitude, norm_axis=self.norm_axis)
 
-    def _per_feature(self) -> Tensor:
-        return self.weight if self.norm_axis == "out" else self.weight.T
+    def _compute_norm(self) -> Tensor:
+        return functional.weight_norm_sq(self.matrix if self.norm_axis == "out" else self.matrix.T).sqrt()
 
     def _adapted(self, x: Tensor) -> Tensor:
         gain = functional.gain(self.magnitude, self.norm())
         if self.norm_axis == "in":
             return self.base_layer(_scaled_input(x, gain))
-        return functional.adapter_linear(x, self.weight, self.bias, gain=gain)
-
-
-def draw_low_rank(lora_A: Tensor) -> None:
-    """Fill ``lora_A [rank, in]`` with the random values training starts from."""
-    nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+        return self.operator.adapted(self.base_layer, x, self.bias, gain=gain)
 
 
 def _scaled_input(x: Tensor, gain: Tensor) -> Tensor:
@@ -269,14 +349,16 @@ def _scaled_input(x: Tensor, gain: Tensor) -> Tensor:
     return (x * gain).to(x.dtype)
 
 
-def _row_norm(weight: Tensor) -> Tensor:
-    return functional.weight_norm_sq(weight).sqrt()
+def _empty_magnitude(layer: AdapterLayer, config: AdapterConfig) -> nn.Parameter:
+    if config.norm_axis == "in" and not is_linear(layer.base_layer):
+        kind = type(layer.base_layer).__name__
+        raise ValueError(
+            f"norm_axis='in' scales the inputs of a linear layer; the columns of {kind} are no such inputs"
+        )
+    features = layer.out_features if config.norm_axis == "out" else layer.in_features
+    return nn.Parameter(torch.empty(features, **wide_like(layer.weight)))
 
 
-def _empty_magnitude(base_layer: nn.Linear, config: AdapterConfig) -> nn.Parameter:
-    features = base_layer.out_features if config.norm_axis == "out" else base_layer.in_features
-    return nn.Parameter(torch.empty(features, **_like(base_layer.weight)))
-
-
-def _like(weight: Tensor) -> dict[str, Any]:
+def wide_like(weight: Tensor) -> dict[str, Any]:
+    """Dtype and device of an adapter's parameters."""
     return {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dora_lightning.adapters.config import AdapterConfig
-from dora_lightning.adapters.inject import _is_adaptable, adapter_layers, find_targets, inject_adapters
+from dora_lightning.adapters.inject import adapter_layers, find_targets, inject_adapters
 from dora_lightning.adapters.layers import AdapterLayer, LoRALinear
 from dora_lightning.adapters.peft_format import (
     CONFIG_NAME,
@@ -209,7 +209,9 @@ def _derived_config(root: nn.Module, options: Mapping[str, Any], modules: Mappin
             f"the model has no modules {listing(absent)}; its linear modules are {listing(linear) or 'none'}. "
             "Names in the file are relative to the model that was given to PEFT"
         )
-    if others := [f"{name}, a {type(present[name]).__name__}" for name in modules if not _is_adaptable(present[name])]:
+    if others := [
+        f"{name}, a {type(present[name]).__name__}" for name in modules if type(present[name]) is not nn.Linear
+    ]:
         raise ValueError(f"only nn.Linear can be adapted, the file holds tensors for: {listing(others)}")
 
     methods = {name: module.method for name, module in modules.items()}

@@ -45,6 +45,11 @@ def save_peft_adapter(model: nn.Module, folder: str | Path) -> Path:
     layers = dict(adapter_layers(root))
     if not layers:
         raise ValueError("the model has no adapters; call inject_adapters(model, config) first")
+    for name, layer in layers.items():
+        if layer.method not in ("lora", "dora", "magnitude") or type(layer.base_layer) is not nn.Linear:
+            raise ValueError(f"{name}: method={layer.method!r} on {type(layer.base_layer).__name__} is not written")
+        if getattr(layer, "init_A", None) is not None:
+            raise ValueError(f"{name}: init={layer.init!r} is not written")
     options = _options_of(root, layers)
     tensors = {}
     for name, layer in layers.items():

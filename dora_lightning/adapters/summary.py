@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dora_lightning.adapters.inject import adapter_layers
+from dora_lightning.adapters.inject import adapter_layers, find_targets
 
 GROUPS = ("magnitude", "lora_A", "lora_B", "other")
+# VeRA's vectors scale the rows of A and of B, and go where those would
+_GROUP_OF = {"lambda_d": "lora_A", "lambda_b": "lora_B"}
 
 
 @dataclass
@@ -40,16 +42,26 @@ class AdapterSummary:
 def parameter_group(name: str) -> str:
     """Optimiser group of a parameter, by its dotted name: ``magnitude``, ``lora_A``, ``lora_B`` or ``other``.
 
+    VeRA's ``lambda_d`` is in ``lora_A``, its ``lambda_b`` in ``lora_B``.
+
     >>> parameter_group("model.layers.0.self_attn.q_proj.lora_A")
     'lora_A'
+    >>> parameter_group("model.layers.0.self_attn.q_proj.lambda_b")
+    'lora_B'
     """
     last = name.rpartition(".")[2]
+    last = _GROUP_OF.get(last, last)
     return last if last in GROUPS else "other"
 
 
 def summarize_adapters(model: nn.Module) -> AdapterSummary:
     """Count the adapted modules and the parameters of ``model``; works on the meta device too."""
     counts = Counter((name.rpartition(".")[2], layer.method) for name, layer in adapter_layers(model))
+    for module in model.modules():
+        config = getattr(module, "adapter_config", None)
+        if config is not None and config.method == "full":
+            methods = find_targets(module, config)
+            counts += Counter((name.rpartition(".")[2], "full") for name, kind in methods.items() if kind == "full")
     groups: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -21,7 +21,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dora_lightning.adapters import adapted_submodule, adapter_layers
 from dora_lightning.adapters.functional import NORM_EPS, weight_norm_sq
-from dora_lightning.adapters.layers import AdapterLayer, DoRALinear, LoRALinear, MagnitudeLinear, draw_low_rank
+from dora_lightning.adapters.initialization import draws_from_weight, start_low_rank
+from dora_lightning.adapters.layers import AdapterLayer, DoRALinear, LoRALinear, MagnitudeLinear
+from dora_lightning.adapters.operators import is_lookup
+from dora_lightning.adapters.vera import VeRALinear
 from dora_lightning.pretrained import local_folder, weight_files
 from dora_lightning.training.base_identity import StreamedIdentity
 from dora_lightning.training.stored_names import base_name, stored_names
@@ -54,8 +57,8 @@ def stream_weights(
 ) -> dict[str, Any]:
     """Allocate what is on the meta device, fill it from the base's files, and start the adapters.
 
-    Adapters start as they do on a model with weights: ``lora_A`` is drawn from the CPU's random numbers in the order of
-    the modules, ``lora_B`` is zero, the magnitude is the norm of the weight as it is held here.
+    Adapters start as they do on a model with weights: ``lora_A`` and ``lora_B`` are drawn from the CPU's random numbers
+    in the order of the modules, the magnitude is the norm of the weight as it is held here.
 
     Args:
         module: holds one model with adapters; sharded by ``fully_shard``, or not at all. To be called on every process.
@@ -67,7 +70,8 @@ def stream_weights(
         The identity of the base, as :func:`~dora_lightning.training.base_identity.base_identity` gives it.
 
     Raises:
-        ValueError: a parameter that no file holds, or of another shape; one outside of the adapted model.
+        ValueError: a parameter that no file holds, or of another shape; one outside of the adapted model; adapters that
+            start from the weights themselves, which no process has whole.
     """
     prefix, model = adapted_submodule(module)
     awaited = [name for name, parameter in module.named_parameters() if parameter.is_meta]
@@ -78,14 +82,17 @@ def stream_weights(
             f"the adapted {type(model).__name__} is on the meta device and is no transformers model, which knows where "
             "its weights are; name the part that is one (module of the callback DoRA)"
         )
+    adapters = [layer for _, layer in adapter_layers(model) if any(p.is_meta for p in layer.parameters(recurse=False))]
+    for layer in adapters:
+        if isinstance(layer, LoRALinear) and not isinstance(layer, VeRALinear) and draws_from_weight(layer.init):
+            raise ValueError(f"init={layer.init!r} starts from whole weights; build the model with its weights for it")
     stored = stored_names(model)
     sources = _sources(model, local_folder(base), stored)
-    adapters = [layer for _, layer in adapter_layers(model) if any(p.is_meta for p in layer.parameters(recurse=False))]
     allocate(module, device)
     mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
     identity = StreamedIdentity(base, dtypes, stored)
-    axes = {id(layer.weight): layer.norm_axis for layer in adapters if isinstance(layer, (DoRALinear, MagnitudeLinear))}
-    norms_sq: dict[int, list[Tensor]] = {weight: [] for weight in axes}
+    by_row = {id(layer.weight): _norm_of_rows(layer) for layer in adapters if _has_magnitude(layer)}
+    norms_sq: dict[int, list[Tensor]] = {weight: [] for weight in by_row}
     tensors = model.state_dict(keep_vars=True)
     for file, weights in sources.items():
         # Lightning builds models with the GPU as default device, where safetensors would put whole tensors
@@ -96,9 +103,9 @@ def stream_weights(
                 for first, piece in _fill(tensor, reader.get_slice(key), dtypes.get(weight, tensor.dtype)):
                     if weight in dtypes and not whole_elsewhere:
                         identity.add(weight, piece, first, tensor.numel())
-                    if axis := axes.get(id(tensor)):
-                        used = piece.to(tensor.dtype)  # what the forward pass computes with
-                        norms_sq[id(tensor)].append(weight_norm_sq(used if axis == "out" else used.T))
+                    if id(tensor) in by_row:
+                        used = piece.to(tensor.dtype).flatten(1)  # what the forward pass computes with
+                        norms_sq[id(tensor)].append(weight_norm_sq(used if by_row[id(tensor)] else used.T))
     for layer in adapters:
         _start(layer, norms_sq.get(id(layer.weight), []))
     return identity.whole(_gathered(identity.parts(), mesh))
@@ -162,17 +169,29 @@ def _local_rows(tensor: Tensor) -> tuple[Tensor, int]:
     return tensor.to_local().detach(), offset[0]
 
 
+def _has_magnitude(layer: AdapterLayer) -> bool:
+    return isinstance(layer, (DoRALinear, MagnitudeLinear))
+
+
+def _norm_of_rows(layer: Any) -> bool:
+    """Whether a magnitude belongs to a row of the weight as it is stored; else to a column."""
+    return (layer.norm_axis == "out") != layer.operator.transposed
+
+
 def _start(layer: AdapterLayer, norms_sq: list[Tensor]) -> None:
     """Give the adapter its first values; ``norms_sq`` are of the pieces of the weight that this process has read."""
-    if isinstance(layer, LoRALinear):
-        whole = torch.empty(layer.lora_A.shape, dtype=layer.lora_A.dtype, device="cpu")
-        draw_low_rank(whole)
-        rows, start = _local_rows(layer.lora_A)
-        rows.copy_(whole[start : start + len(rows)])
-        _local_rows(layer.lora_B)[0].zero_()
+    if isinstance(layer, VeRALinear):
+        layer.reset_vectors()
+    elif isinstance(layer, LoRALinear):
+        own = (layer.lora_A, layer.lora_B)
+        whole_A, whole_B = (torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu") for tensor in own)
+        start_low_rank(whole_A, whole_B, layer.init, layer.weight, layer.scaling, is_lookup(layer.base_layer))
+        for tensor, whole in zip(own, (whole_A, whole_B), strict=True):
+            rows, start = _local_rows(tensor)
+            rows.copy_(whole[start : start + len(rows)])
     if isinstance(layer, (DoRALinear, MagnitudeLinear)):
         values, start = _local_rows(layer.magnitude)
-        if layer.norm_axis == "out":
+        if _norm_of_rows(layer):
             # rows of the magnitude are cut as rows of the weight are
             norm_sq = torch.cat([values.new_zeros(0), *(piece.to(values) for piece in norms_sq)])
         else:

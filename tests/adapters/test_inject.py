@@ -123,8 +123,19 @@ def test_adapters_inside_a_larger_model() -> None:
         (AdapterConfig(exclude_modules=["towr"]), "exclude_modules: 'towr' matches no module"),
         (AdapterConfig(target_modules=["q_proj"], exclude_modules=r".*q_proj"), "'q_proj' matches no module"),
         (AdapterConfig(magnitude_only_modules=["oproj"]), "magnitude_only_modules: 'oproj' matches no module"),
-        (AdapterConfig(target_modules=["embed_tokens"]), "matches model.embed_tokens, a Embedding; only nn.Linear"),
-        (AdapterConfig(target_modules=r".*layers\.0.*"), "only nn.Linear can be adapted"),
+        (
+            AdapterConfig(target_modules=["norm"]),
+            "matches model.norm, a LlamaRMSNorm; only linear layers, convolutions",
+        ),
+        (AdapterConfig(rank_pattern={"q_prj": 4}), "rank_pattern: 'q_prj' matches none of the target modules"),
+        (
+            AdapterConfig(init="pissa", rank=17, target_modules=["q_proj"]),
+            r"model\.layers\.0\.self_attn\.q_proj, a Linear: init='pissa' needs a rank of at most 16, got 17",
+        ),
+        (
+            AdapterConfig(target_modules=r".*layers\.0.*"),
+            "only linear layers, convolutions and embeddings can be adapted",
+        ),
     ],
 )
 def test_errors_leave_the_model_unchanged(config: AdapterConfig, message: str) -> None:

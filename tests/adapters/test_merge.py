@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from dora_lightning.adapters import AdapterConfig, adapter_layers, inject_adapters, merge_adapters, unmerge_adapters
 from tests.adapters.perturbed import assert_close, perturb, tiny_llama
@@ -18,6 +20,9 @@ CONFIGS = [
     AdapterConfig(method="lora", rank=4),
     AdapterConfig(method="magnitude"),
     AdapterConfig(rank=4, norm_axis="in"),
+    AdapterConfig(method="vera", rank=4),
+    AdapterConfig(method="dvora", rank=4),
+    AdapterConfig(rank=4, init="pissa"),
 ]
 
 
@@ -32,7 +37,7 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(IDS).logits
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["dora", "lora", "magnitude", "norm_axis=in"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["dora", "lora", "magnitude", "norm_axis=in", "vera", "dvora", "pissa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unmerge_restores_bit_for_bit(config: AdapterConfig, dtype: torch.dtype) -> None:
     model = trained(tiny_llama().to(dtype), config)
@@ -115,6 +120,27 @@ def test_an_embedding_tied_to_an_adapted_head_is_left_alone() -> None:
     assert torch.equal(embedding, before)
     merge_adapters(model, unload=True)
     assert torch.equal(model.model.embed_tokens.weight, before)
+    assert not model.config.tie_word_embeddings  # or saving the model would tie them again
+
+
+def test_a_head_tied_to_an_adapted_embedding_is_left_alone(tmp_path: Path) -> None:
+    model = trained(tiny_llama(tied=True), AdapterConfig(rank=4, target_modules=["embed_tokens"]))
+    head = model.lm_head.weight
+    assert model.model.embed_tokens.weight is head
+    assert head.grad is None
+    before = head.clone()
+    expected = logits(model)
+    merge_adapters(model)
+    assert torch.equal(model.lm_head.weight, before)
+    assert_close(logits(model), expected, 1e-5)
+    merge_adapters(model, unload=True).save_pretrained(tmp_path)
+    assert_close(logits(LlamaForCausalLM.from_pretrained(tmp_path)), expected, 1e-5)
+
+
+def test_what_is_tied_and_no_target_stays_tied() -> None:
+    model = merge_adapters(trained(tiny_llama(tied=True), AdapterConfig(rank=4)), unload=True)
+    assert model.config.tie_word_embeddings
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize("act", [merge_adapters, unmerge_adapters])

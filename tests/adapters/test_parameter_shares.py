@@ -25,6 +25,7 @@ BASE_PARAMETERS = {
 }
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
 QKV, OTHERS = ["q_proj", "k_proj", "v_proj"], ["o_proj", "gate_proj", "up_proj", "down_proj"]
 
 # model, what is trained, config, printed share in per cent
@@ -41,6 +42,8 @@ PAPER = [
     ("LLaMA-13B", "LoRA r32", AdapterConfig("lora", 32, target_modules=TARGETS), "0.67"),
     ("LLaMA-13B", "DoRA r32", AdapterConfig("dora", 32, target_modules=TARGETS), "0.68"),
     ("LLaMA2-7B", "DoRA r32", AdapterConfig("dora", 32, target_modules=TARGETS), "0.84"),
+    # instruction tuning (Table 11): d, b and m of all linear modules; the frozen random pair is not counted
+    ("LLaMA2-7B", "DVoRA r1024", AdapterConfig("dvora", 1024, target_modules=ALL), "0.04"),
     ("LLaMA3-8B", "LoRA r32", AdapterConfig("lora", 32, target_modules=TARGETS), "0.70"),
     ("LLaMA3-8B", "DoRA r32", AdapterConfig("dora", 32, target_modules=TARGETS), "0.71"),
 ]
@@ -51,6 +54,14 @@ def count(model: str, config: AdapterConfig) -> AdapterSummary:
         network = LlamaForCausalLM(LlamaConfig(**ARCHITECTURES[model], tie_word_embeddings=False))
     assert sum(p.numel() for p in network.parameters()) == BASE_PARAMETERS[model]
     return summarize_adapters(inject_adapters(network, config))
+
+
+def test_what_dvora_s_share_is_made_of() -> None:
+    rows = 5 * 4096 + 2 * 11008  # q k v o down, gate up
+    vectors = {"lora_A": 7 * 1024, "lora_B": rows, "magnitude": rows}  # d, b, m of each of 32 layers
+    groups = count("LLaMA2-7B", AdapterConfig("dvora", 1024, target_modules=ALL)).groups
+    assert groups == {name: 32 * size for name, size in vectors.items()}
+    assert sum(groups.values()) == 2_949_120
 
 
 @pytest.mark.parametrize(("model", "trained", "config", "printed"), PAPER, ids=[f"{m} {t}" for m, t, _, _ in PAPER])

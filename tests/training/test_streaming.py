@@ -50,7 +50,20 @@ def assert_same_identity(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"norm_axis": "in"}, {"magnitude_only_modules": ["up_proj", "o_proj"]}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm_axis": "in"},
+        {"magnitude_only_modules": ["up_proj", "o_proj"]},
+        {"method": "dvora"},
+        {"method": "full", "rank": 16},
+        {"init": "gaussian", "rank_pattern": {"q_proj": 2}},
+        {"init": "orthogonal"},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+    ],
+    ids=str,
+)
 def test_starts_as_a_model_with_weights_does(
     make_llama: MakeLlama, make_backbone: MakeBackbone, tied: bool, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
@@ -70,7 +83,8 @@ def test_starts_as_a_model_with_weights_does(
     for name, value in present.items():
         assert value.requires_grad == expected[name].requires_grad
         # columns are summed in pieces
-        tolerance = 1e-6 if name.endswith("magnitude") and options.get("norm_axis") == "in" else 0
+        columns = options.get("norm_axis") == "in" or "embed_tokens" in name
+        tolerance = 1e-6 if name.endswith("magnitude") and columns else 0
         torch.testing.assert_close(value, expected[name], rtol=tolerance, atol=0)
     assert any("inv_freq" in name for name in present)
     tokens = torch.arange(24).reshape(2, 12)
@@ -79,6 +93,13 @@ def test_starts_as_a_model_with_weights_does(
     assert module.model.training == ordinary.model.training
     assert module.model.generation_config == ordinary.model.generation_config
     assert_same_identity(identity_of(module), identity_of(ordinary))
+
+
+def test_what_starts_from_whole_weights_is_refused(make_llama: MakeLlama, make_backbone: MakeBackbone) -> None:
+    module = make_backbone(make_llama(), adapter={"init": "pissa"}, meta_device=True)
+    module.configure_model()
+    with pytest.raises(ValueError, match=r"init='pissa' starts from whole weights; build the model with its weights"):
+        module._run.stream_base(module, CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
