@@ -1,8 +1,9 @@
 """Merge an adapter into a Hugging Face folder, one tensor at a time.
 
 The base's safetensors files are copied tensor by tensor; a tensor that an adapter belongs to is replaced by
-``g (W + s B A)``. The merged tensor has the shape and dtype of the base's, so each file's header stays as it is. Memory
-holds one weight at a time. Everything is written beside the target and renamed at the end: a reader never sees a part.
+``g (W + s B A)``, or by what was trained in full. The merged tensor has the shape and dtype of the base's, so each
+file's header stays as it is. Memory holds one weight at a time. Everything is written beside the target and renamed at
+the end: a reader never sees a part.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from torch import Tensor
 
 from dora_lightning.adapters import AdapterConfig
 from dora_lightning.adapters.functional import merge_weight
-from dora_lightning.adapters.summary import parameter_group
+from dora_lightning.adapters.operators import as_matrix, as_stored, ungrouped
+from dora_lightning.adapters.vera import scaled_pair, shared_pair
 from dora_lightning.pretrained import local_folder
 from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint
 from dora_lightning.training.base_identity import check_weight_of_base
 from dora_lightning.training.stored_names import base_name
 
+# tensors of an adapter by the last part of their names; anything else replaces the base's tensor of its name
+_PARTS = ("magnitude", "lora_A", "lora_B", "init_A", "init_B", "lambda_d", "lambda_b")
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
 
 
@@ -51,7 +55,8 @@ def merge_to_folder(
 
     Raises:
         FileExistsError: ``output`` exists and may not be overwritten.
-        ValueError: the base is not the one the adapter was trained on, or has no safetensors.
+        ValueError: the base is not the one the adapter was trained on, or has no safetensors; an adapted weight is tied
+            to another module's, which would change with it.
         OSError: the disk is full. Nothing is left behind in any case.
     """
     output = Path(output)
@@ -61,6 +66,11 @@ def merge_to_folder(
     files = sorted(source.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{source} holds no safetensors files, the only kind of weights that is read")
+    if tied := adapter.config.resolved.get("tied"):
+        raise ValueError(
+            f"the weight of {tied[0]} is tied to another module's, which must not change with it, and the files hold "
+            "it once; merge in memory (merge_adapters(model, unload=True)) and save the model"
+        )
     # absent from checkpoints that were written before there were such models
     stored = adapter.base.get("stored_names", {})
     updates = {stored.get(name, name): update for name, update in _group_by_module(adapter.tensors).items()}
@@ -103,31 +113,61 @@ def _merge_file(
         writer.write(header)
         for name in _in_file_order(header):
             tensor = weights.get_tensor(name)
-            check_weight_of_base(adapter.base, own_names.get(name, name), tensor, base)
+            own_name = own_names.get(name, name)
+            check_weight_of_base(adapter.base, own_name, tensor, base)
             if update := updates.get(name):
-                tensor = _merged(name, tensor, update, adapter.config)
+                tensor = _merged(own_name, tensor, update, adapter.config)
             _write_tensor(writer, tensor)
 
 
 def _merged(name: str, weight: Tensor, update: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
-    _check_shapes(name, weight, update, config.norm_axis)
     if "other" in update:
+        if update["other"].shape != weight.shape:
+            raise _does_not_fit(name, weight, update)
         return update["other"].to(weight.dtype)
-    return merge_weight(
-        weight, update.get("lora_A"), update.get("lora_B"), config.scaling, update.get("magnitude"), config.norm_axis
-    )
+    module = name.rpartition(".")[0]
+    transposed = module in config.resolved.get("transposed", ())
+    matrix = as_matrix(weight, transposed)
+    if weight.ndim < 2 or not _fits(matrix, update, config.norm_axis, grouped=weight.ndim > 2):
+        raise _does_not_fit(name, weight, update)
+    A, B, scaling = _low_rank(matrix, update, config, module)
+    merged = merge_weight(matrix, A, B, scaling, update.get("magnitude"), config.norm_axis)
+    return as_stored(merged, weight, transposed)
 
 
-def _check_shapes(name: str, weight: Tensor, update: Mapping[str, Tensor], norm_axis: str) -> None:
-    rank = len(update["lora_A"]) if "lora_A" in update else 0
-    expected: dict[str, tuple[int, ...]] = {"other": tuple(weight.shape)}
-    if weight.ndim == 2:
-        rows, columns = weight.shape
-        magnitude = rows if norm_axis == "out" else columns
-        expected |= {"lora_A": (rank, columns), "lora_B": (rows, rank), "magnitude": (magnitude,)}
+def _low_rank(
+    matrix: Tensor, update: Mapping[str, Tensor], config: AdapterConfig, module: str
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """``A``, ``B`` and ``s`` of the module's update, as :meth:`LoRALinear.low_rank` gives them."""
+    if "lambda_d" in update:
+        d, b = update["lambda_d"], update["lambda_b"]
+        rows, columns = config.resolved["projection"]
+        pair = shared_pair(len(d), rows, columns, config.projection_seed)
+        return *scaled_pair(pair, d, b, matrix.shape[1]), 1.0
+    if "lora_A" not in update:
+        return None, None, 1.0
+    A, B = update["lora_A"], update["lora_B"]
+    if "init_A" in update:
+        A, B = torch.cat([A, update["init_A"]]), torch.cat([B, -update["init_B"]], dim=1)
+    return A, ungrouped(A, B), config.scaling_of(module)
+
+
+def _fits(matrix: Tensor, update: Mapping[str, Tensor], norm_axis: str, grouped: bool) -> bool:
+    rows, columns = matrix.shape
+    rank = own = len(update.get("lora_A", update.get("lambda_d", ())))
+    if grouped and "lora_B" in update:
+        own = update["lora_B"].shape[-1]  # the rank over the groups of a convolution
+        if own == 0 or rank % own or rows % (rank // own):
+            return False
+    expected = {"lora_A": (rank, columns), "lora_B": (rows, own), "lambda_d": (rank,), "lambda_b": (rows,)}
+    expected |= {"init_A": (rank, columns), "init_B": (rows, own)}
+    expected["magnitude"] = (rows if norm_axis == "out" else columns,)
+    return all(tuple(tensor.shape) == expected[part] for part, tensor in update.items())
+
+
+def _does_not_fit(name: str, weight: Tensor, update: Mapping[str, Tensor]) -> ValueError:
     shapes = {part: tuple(tensor.shape) for part, tensor in update.items()}
-    if any(shape != expected.get(part) for part, shape in shapes.items()):
-        raise ValueError(f"the adapter does not fit {name} {tuple(weight.shape)}: it has {shapes}")
+    return ValueError(f"the adapter does not fit {name} {tuple(weight.shape)}: it has {shapes}")
 
 
 def _write_tensor(writer: BinaryIO, tensor: Tensor) -> None:
@@ -140,12 +180,12 @@ def _in_file_order(header: bytes) -> Iterator[str]:
 
 
 def _group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Name of the base's weight -> the tensors that change it, by their parameter group."""
+    """Name of the base's weight -> the tensors that change it, by :data:`_PARTS`, or ``other`` for the whole of it."""
     updates: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        group = parameter_group(name)
-        weight = name if group == "other" else name.rpartition(".")[0] + ".weight"
-        updates.setdefault(base_name(weight), {})[group] = tensor.detach().cpu()
+        module, _, part = name.rpartition(".")
+        part, weight = (part, f"{module}.weight") if part in _PARTS else ("other", name)
+        updates.setdefault(base_name(weight), {})[part] = tensor.detach().cpu()
     return updates
 
 

@@ -14,27 +14,30 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny import MakeLlama, perturb_adapters
-from transformers import LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from tiny import MakeLlama
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from dora_lightning import AdapterConfig, inject_adapters, merge_adapters
 from dora_lightning.training import merging
-from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint
+from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint, frozen_names
 from dora_lightning.training.base_identity import base_identity
 from dora_lightning.training.merging import merge_to_folder
+from tests.adapters.perturbed import perturb
+from tests.adapters.zoo import KINDS
 
 TARGETS: dict[str, Any] = {"rank": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
 
-def adapt(folder: Path, **options: Any) -> tuple[LlamaForCausalLM, AdapterCheckpoint]:
+def adapt(folder: Path, **options: Any) -> tuple[PreTrainedModel, AdapterCheckpoint]:
     """A model with a trained adapter, and that adapter as a checkpoint holds it."""
-    model = LlamaForCausalLM.from_pretrained(folder, dtype="auto")
-    config = AdapterConfig(**(TARGETS | options))
-    inject_adapters(model, config)
-    perturb_adapters(model)
-    tensors = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    return model, AdapterCheckpoint(config, base_identity(model, str(folder)), tensors)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    inject_adapters(model, AdapterConfig(**(TARGETS | options)))
+    torch.manual_seed(0)
+    perturb(model)
+    frozen = frozen_names(model)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in frozen}
+    return model, AdapterCheckpoint(model.adapter_config, base_identity(model, str(folder)), tensors)
 
 
 def listing(folder: Path) -> set[str]:
@@ -55,7 +58,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         {"target_modules": ["q_proj"], "magnitude_only_modules": ["o_proj", "gate_proj"]},
         {"norm_axis": "in"},
         {"alpha": 3.0},
+        {"method": "vera"},
+        {"method": "dvora", "projection_seed": 3},
+        {"method": "dvora", "magnitude_only_modules": ["down_proj"]},
+        {"method": "full", "rank": 16},
+        {"init": "pissa"},
+        {"method": "lora", "init": "olora", "use_rslora": True},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.1\..*": 5.0}},
     ],
+    ids=str,
 )
 def test_equals_the_model_merged_in_memory(tiny_llama: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     model, adapter = adapt(tiny_llama, **options)
@@ -68,6 +79,51 @@ def test_equals_the_model_merged_in_memory(tiny_llama: Path, tmp_path: Path, opt
     changed = {name for name, value in merged.items() if not torch.equal(value, base[name])}
     assert changed
     assert not any("norm" in name or "embed" in name for name in changed)
+
+
+@pytest.mark.parametrize("method", ["dora", "lora", "dvora", "magnitude"])
+def test_layers_that_store_their_weight_the_other_way_round(tmp_path: Path, method: str) -> None:
+    torch.manual_seed(0)
+    size = {"vocab_size": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "tie_word_embeddings": False}
+    GPT2LMHeadModel(GPT2Config(**size, bos_token_id=1, eos_token_id=1)).save_pretrained(tmp_path / "base")
+    # attn.c_proj and wpe are square: their shape does not tell
+    targets = ["c_attn", "attn.c_proj", "wpe", "lm_head"]
+    model, adapter = adapt(
+        tmp_path / "base", target_modules=targets, method=method, rank=16 if method == "magnitude" else 4
+    )
+    assert "transformer.h.0.attn.c_proj" in adapter.config.resolved["transposed"]
+    merge_to_folder(str(tmp_path / "base"), adapter, tmp_path / "merged")
+    expected = merge_adapters(model, unload=True).state_dict()
+    merged, base = weights(tmp_path / "merged"), weights(tmp_path / "base")
+    assert all(torch.equal(value, expected[name]) for name, value in merged.items())
+    assert sum(not torch.equal(value, base[name]) for name, value in merged.items()) == 2 * 2 + 2
+
+
+@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
+def test_every_kind_of_layer(tmp_path: Path, method: str) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({kind.replace(" ", "_"): spec.make() for kind, spec in KINDS.items()})
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    save_file(model.state_dict(), tmp_path / "base" / "model.safetensors")
+    rank = {} if method == "magnitude" else {"rank": 4}
+    inject_adapters(model, AdapterConfig(method=method, target_modules=list(model), **rank))
+    perturb(model)
+    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    adapter = AdapterCheckpoint(model.adapter_config, base_identity(model, "base"), tensors)
+    merge_to_folder(str(tmp_path / "base"), adapter, tmp_path / "merged")
+    expected = merge_adapters(model, unload=True).state_dict()
+    merged, base = weights(tmp_path / "merged"), weights(tmp_path / "base")
+    assert all(torch.equal(value, expected[name]) for name, value in merged.items())
+    assert sum(not torch.equal(value, base[name]) for name, value in merged.items()) == len(KINDS)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_weight_tied_to_another_module_s_is_refused(tiny_llama: Path, tmp_path: Path, target: str) -> None:
+    _, adapter = adapt(tiny_llama, target_modules=[target, "q_proj"])
+    with pytest.raises(ValueError, match=rf"the weight of .*{target} is tied to another module's.* merge in memory"):
+        merge_to_folder(str(tiny_llama), adapter, tmp_path / "merged")
+    assert listing(tmp_path) == set()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -168,6 +224,8 @@ def test_a_base_without_the_adapted_weights_is_refused(tiny_llama: Path, tmp_pat
     [
         ("model.layers.1.mlp.down_proj.lora_A", (4, 31)),
         ("model.layers.1.mlp.down_proj.lora_B", (32, 5)),
+        ("model.layers.1.mlp.down_proj.lora_B", (32, 2)),
+        ("model.layers.1.mlp.down_proj.lora_B", (16, 4)),
         # one number would be broadcast, and would pass without a word
         ("model.layers.1.mlp.down_proj.magnitude", (1,)),
         ("model.norm.weight", (16,)),
@@ -276,6 +334,8 @@ MEMORY_SCRIPT = """
 import sys, threading, time
 from dora_lightning.training.adapter_checkpoint import read_adapter_checkpoint
 from dora_lightning.training.merging import merge_to_folder
+from tests.adapters.perturbed import perturb
+from tests.adapters.zoo import KINDS
 import torch
 
 def anonymous_memory():
