@@ -23,7 +23,7 @@ class DoRA(Callback):
     the adapters; what lies outside of it (with ``module``) trains as it did.
 
     Args:
-        method: ``dora``, ``lora`` or ``magnitude``.
+        method: ``dora``, ``lora``, ``vera``, ``dvora``, ``magnitude`` or ``full``.
         rank: rank of the direction update.
         alpha: the update is scaled by ``alpha / rank``; twice the rank if not given.
         dropout: dropout probability of the low-rank path's input.
@@ -33,6 +33,13 @@ class DoRA(Callback):
         detach_norm: hold the norm constant for autograd.
         exact_dropout: drop the base path's input too, as PEFT does.
         norm_axis: ``out`` or ``in``.
+        init: how ``A`` and ``B`` start: ``kaiming``, ``gaussian``, ``orthogonal``, ``pissa``, ``pissa_niter_<steps>``
+            or ``olora``.
+        use_rslora: scale by ``alpha / sqrt(rank)``.
+        rank_pattern: regular expression for the end of a module's name -> its rank.
+        alpha_pattern: the same for alpha.
+        d_initial: what VeRA's ``lambda_d`` starts from.
+        projection_seed: seed of VeRA's random pair.
         module: dotted name of the submodule to adapt (``model.decoder``); by default the whole LightningModule.
         init_from: folder of a PEFT adapter to start from; its method, rank, scaling and modules must be those above,
             and its names relative to the adapted module. A checkpoint that is resumed wins over it.
@@ -53,6 +60,12 @@ class DoRA(Callback):
         detach_norm: bool = True,
         exact_dropout: bool = False,
         norm_axis: str = "out",
+        init: str = "kaiming",
+        use_rslora: bool = False,
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
+        d_initial: float = 0.1,
+        projection_seed: int = 0,
         module: str | None = None,
         init_from: str | None = None,
     ) -> None:
@@ -67,6 +80,12 @@ class DoRA(Callback):
             detach_norm=detach_norm,
             exact_dropout=exact_dropout,
             norm_axis=norm_axis,
+            init=init,
+            use_rslora=use_rslora,
+            rank_pattern=rank_pattern or {},
+            alpha_pattern=alpha_pattern or {},
+            d_initial=d_initial,
+            projection_seed=projection_seed,
         )
         self.module = module
         self.init_from = init_from
