@@ -17,11 +17,17 @@ from datamodules.easy_vqa import EasyVQADataModule
 from datamodules.encoding import Collator, EncodedDataset, EncodedSample, encode_samples
 from datamodules.everyday import EverydayDataModule
 from datamodules.everyday_questions import everyday_questions
+from datamodules.hub import load_hub_rows
+from datamodules.instructions import InstructionDataModule
 from datamodules.llava import LlavaInstructions
+from datamodules.math_qa import MathQADataModule
+from datamodules.messages import Dialogue, dialogue_of_row, read_messages
 from datamodules.packing import PackingCollator, PackingSampler, pack_lengths
+from datamodules.preferences import PreferenceDataModule
 from datamodules.resuming import ResumableDataLoader, resume_sampler
 from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, read_rows, require_field
 from datamodules.sampling import LengthGroupedSampler
+from datamodules.subsets import split_off
 from datamodules.templates import TEMPLATES, PromptTemplate, get_template
 from datamodules.text import Stage, TextDataModule
 from datamodules.vision import VisionCollator, VisionDataModule
@@ -39,16 +45,20 @@ __all__ = [
     "Collator",
     "CommonsenseDataModule",
     "ConversationTemplate",
+    "Dialogue",
     "EasyVQADataModule",
     "EncodedDataset",
     "EncodedSample",
     "EvaluationSet",
     "EverydayDataModule",
+    "InstructionDataModule",
     "LengthGroupedSampler",
     "LlavaInstructions",
+    "MathQADataModule",
     "OnBadRow",
     "PackingCollator",
     "PackingSampler",
+    "PreferenceDataModule",
     "PromptTemplate",
     "Question",
     "ResumableDataLoader",
@@ -61,17 +71,21 @@ __all__ = [
     "answer_labels",
     "convert_file",
     "convert_rows",
+    "dialogue_of_row",
     "encode_samples",
     "everyday_questions",
     "get_conversation_template",
     "get_template",
+    "load_hub_rows",
     "load_hub_split",
     "pack_lengths",
     "parse_hub_row",
     "parse_row",
+    "read_messages",
     "read_rows",
     "recognise_task",
     "render_row",
     "require_field",
     "resume_sampler",
+    "split_off",
 ]

@@ -48,9 +48,15 @@ class ConversationTemplate:
     """Between an answer's end and the next question."""
     tokens: tuple[str, ...] = ()
     """Texts above that must each be one token; else generation would never stop, or read letters in their place."""
+    system: str = ""
+    """The part of ``opening`` that a conversation's own system message takes the place of."""
 
-    def sample_text(self, turns: Turns) -> Rendered:
+    def sample_text(self, turns: Turns, system: str | None = None) -> Rendered:
         """The conversation as text.
+
+        Args:
+            turns: Questions and answers.
+            system: The conversation's own system message; the template's if None.
 
         Raises:
             ValueError: There are no turns, or an answer other than the last is missing.
@@ -64,7 +70,7 @@ class ConversationTemplate:
             [' Me.</s>']
         """
         _check_turns(turns)
-        prompt = self.opening
+        prompt = self.opening if system is None else self.opening.replace(self.system, system)
         answered = []
         for question, answer in turns[:-1]:
             prompt += self.before_question + question + self.before_answer
@@ -100,7 +106,7 @@ class TokenizerTemplate:
         self._wants_parts = False
         self._wants_parts = not self._writes_text()
 
-    def sample_text(self, turns: Turns) -> Rendered:
+    def sample_text(self, turns: Turns, system: str | None = None) -> Rendered:
         """The conversation as text; see :meth:`ConversationTemplate.sample_text`.
 
         Raises:
@@ -108,7 +114,7 @@ class TokenizerTemplate:
             later ones follow.
         """
         _check_turns(turns)
-        messages: list[dict[str, object]] = []
+        messages: list[dict[str, object]] = [] if system is None else [self._message("system", system)]
         spans: list[tuple[int, int]] = []
         text = ""
         for question, answer in turns:
@@ -148,13 +154,22 @@ class TokenizerTemplate:
         return text
 
 
+_VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_LLAMA3_SYSTEM = (
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+_CHATML_SYSTEM = "You are a helpful assistant."
+
 CONVERSATION_TEMPLATES: dict[str, ConversationTemplate] = {
     # LLaVA-1.5; the space before an answer is part of its first token in LLaMA's vocabulary, so it is written too
     "vicuna_v1": ConversationTemplate(
-        opening=(
-            "A chat between a curious user and an artificial intelligence assistant. "
-            "The assistant gives helpful, detailed, and polite answers to the user's questions. "
-        ),
+        opening=f"{_VICUNA_SYSTEM} ",
+        system=_VICUNA_SYSTEM,
         before_question="USER: ",
         before_answer=" ASSISTANT:",
         answer_prefix=" ",
@@ -163,12 +178,8 @@ CONVERSATION_TEMPLATES: dict[str, ConversationTemplate] = {
     ),
     # LLaVA-NeXT on LLaMA-3
     "llama3": ConversationTemplate(
-        opening=(
-            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
-            "You are a helpful language and vision assistant. "
-            "You are able to understand the visual content that the user provides, "
-            "and assist the user with a variety of tasks using natural language.<|eot_id|>"
-        ),
+        opening=f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{_LLAMA3_SYSTEM}<|eot_id|>",
+        system=_LLAMA3_SYSTEM,
         before_question="<|start_header_id|>user<|end_header_id|>\n\n",
         before_answer="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
         answer_prefix="",
@@ -177,7 +188,8 @@ CONVERSATION_TEMPLATES: dict[str, ConversationTemplate] = {
     ),
     # as Qwen, SmolLM2 and LLaVA-OneVision write it, a line feed after each <|im_end|>
     "chatml": ConversationTemplate(
-        opening="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        opening=f"<|im_start|>system\n{_CHATML_SYSTEM}<|im_end|>\n",
+        system=_CHATML_SYSTEM,
         before_question="<|im_start|>user\n",
         before_answer="<|im_end|>\n<|im_start|>assistant\n",
         answer_prefix="",
