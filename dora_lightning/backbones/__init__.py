@@ -3,5 +3,6 @@
 from dora_lightning.backbones.backbone import Backbone
 from dora_lightning.backbones.llama import DoRALlama
 from dora_lightning.backbones.llava import DoRALlava
+from dora_lightning.backbones.preference import DoRALlamaDPO
 
-__all__ = ["Backbone", "DoRALlama", "DoRALlava"]
+__all__ = ["Backbone", "DoRALlama", "DoRALlamaDPO", "DoRALlava"]
