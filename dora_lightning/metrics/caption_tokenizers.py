@@ -80,5 +80,5 @@ def _java_command() -> list[str]:
     java = shutil.which("java")
     if java is None:
         raise FileNotFoundError("tokenizer='java' needs a Java runtime on the PATH; install one, or take 'ptb'")
-    options = ["-preserveLines", "-lowerCase", "-encoding", "UTF-8"]
+    options = ["-preserveLines", "-lowerCase"]
     return [java, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", *options]

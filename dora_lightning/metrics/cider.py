@@ -52,8 +52,9 @@ def cider_d(
 def cider_d_of_ngrams(ngrams: CaptionNGrams) -> Tensor:
     """CIDEr-D of each sample: float64 [samples]."""
     similarity = sum(_similarity(ngrams, order) for order in ngrams.orders)  # [K], 0 for candidates
-    bigrams = (ngrams.lengths - 1).clamp(min=0)
-    difference = (bigrams[ngrams.sample] - bigrams).double()  # the candidate of a sample is the caption of its number
+    # the candidate of a sample is the caption of its number; captions differ by as many bigrams as words, unless one is
+    # empty, and then its similarity is 0
+    difference = (ngrams.lengths[ngrams.sample] - ngrams.lengths).double()
     similarity = similarity * torch.exp(-(difference**2) / (2 * _SIGMA**2))
     total = torch.zeros(ngrams.samples, dtype=torch.float64).index_add_(0, ngrams.sample, similarity)
     return total * _SCALE / (MAX_ORDER * ngrams.reference_counts)

@@ -89,7 +89,7 @@ _TOKEN = re.compile(
   | (?<!{_LD})'(?:cause|em|n'|n|till?){_END}                            # 'em
   | '(?:[1-9]\d|[2-9]0s)(?!\w)                                          # '90s
   | '(?:s|m|d|ll|re|ve){_END}                                           # the end of it's
-  | (?<!n)n't{_END}
+  | n't{_END}
   | (?:c'mon|ma'am|o'clock|s'mores|nor'easter|ol'|dunkin'|nat'l){_END}{_PARTS}*
   | (?!{_L}'(?:s|m|d|ll|re|ve){_END})(?-i:[A-HJ-XZdlno])'{_L}{_LD}*     # O'Brien, l'eau
   | [dlj]'(?!{_LD}) | y'(?={_L})
@@ -107,7 +107,7 @@ _TOKEN = re.compile(
   | c(?:\+\+|\#)
   | {_L}{_LD}*(?:[.!?]{_L}{_LD}*)+                                      # file.png
   | {_L}\.(?!{_L}|\s+(?=(?-i:[A-Z]))(?:{_any(_SENTENCE_STARTS)}){_END})  # an initial
-  | {_L}{_LD}*\.(?=\s*[,;:])                                            # any abbreviation
+  | {_L}{_LD}*\.(?=[,;:])                                            # any abbreviation
   | {_LD}+(?:_{_LD}+)+
   | {_L}{_LD}*
   | [+-]?\d*(?:[.,:]\d+)+

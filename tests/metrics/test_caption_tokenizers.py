@@ -18,6 +18,9 @@ TABLE = {
     "wouldn't've": "would n't 've",
     "cannot gonna gotta lemme gimme wanna 'tis 'twas": "can not gon na got ta lem me gim me wan na 't is 't was",
     "o'clock ma'am O'Neil's s'mores 'em '90s 90's": "o'clock ma'am o'neil 's s'mores 'em '90s 90 's",
+    "y'all ann't i'am m'lady l'eau": "y' all ann t i am m lady l'eau",
+    "pro- and anti-war, pre- and co-": "pro- and anti-war pre and co",
+    "bldgs., cars. ; trucks.: end.": "bldgs. cars trucks. end",
     "a sign: \"STOP\" or 'GO'": "a sign stop or go",
     "it\u2019s \u201cquoted\u201d \u2014 fine\u2026": "it 's quoted fine",
     "(left) [mid] {right}": "-lrb- left -rrb- -lsb- mid -rsb- -lcb- right -rcb-",
@@ -63,6 +66,13 @@ def test_thousands_of_captions_are_split_as_by_java() -> None:
     captions = [caption(chance, hard=0.8) for _ in range(6000)]
     expected = tokenize_captions(captions, "java")
     assert [text for text, words in zip(captions, expected, strict=True) if ptb_words(text) != words] == []
+
+
+@JAVA
+def test_java_reads_any_script_in_any_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pycocoevalcap")
+    monkeypatch.setenv("LC_ALL", "C")
+    assert tokenize_captions(["na\xefve caf\xe9 \u65e5\u672c"], "java") == [["na\xefve", "caf\xe9", "\u65e5\u672c"]]
 
 
 @JAVA

@@ -43,7 +43,8 @@ def test_an_update_that_raises_leaves_nothing_behind() -> None:
     metric.update(torch.ones(1), ["boolq"])
     with pytest.raises(ValueError, match="64 bytes at most"):
         metric.update(torch.zeros(1), ["n" * 65])
-    assert {name: float(value) for name, value in metric.compute().items()} == {"boolq": 1.0}
+    metric.update(torch.full((1,), 2.0), ["piqa"])
+    assert {name: float(value) for name, value in metric.compute().items()} == {"boolq": 1.0, "piqa": 2.0}
 
 
 def test_names_of_any_script_and_up_to_64_bytes() -> None:
