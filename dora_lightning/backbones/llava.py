@@ -23,6 +23,7 @@ from dora_lightning.backbones.causal_lm import (
     supervised_loss,
 )
 from dora_lightning.backbones.feature_cache import FeatureCache
+from dora_lightning.backbones.vision_alignment import QuestionedImages, VisionAlignment, align_vision
 from dora_lightning.images import IMAGE
 from dora_lightning.llava_parts import LlavaParts, resolve_llava
 from dora_lightning.pretrained import load_vision_language_model
@@ -59,6 +60,8 @@ class DoRALlava(Backbone):
         projector: likewise.
         feature_cache: folder where the features of a frozen tower are kept, so that each image goes through it once;
             null for none.
+        vision_alignment: a first stage that trains the tower and the projector without the language model, for a tower
+            that is new; null for none. It is left out when a run is resumed.
         dtype: dtype of what is frozen: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: attention (``sdpa``, ``flash_attention_2``, ``eager``); null for the default.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
@@ -75,6 +78,7 @@ class DoRALlava(Backbone):
         vision_tower: Training = "frozen",
         projector: Training = "full",
         feature_cache: str | None = None,
+        vision_alignment: VisionAlignment | None = None,
         dtype: str = "auto",
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
@@ -85,7 +89,10 @@ class DoRALlava(Backbone):
         super().__init__(name, adapter, optimizer, lr_scheduler, task, judge_in_validation)
         if feature_cache is not None and vision_tower != "frozen":
             raise ValueError(f"feature_cache needs a frozen vision tower; this one is {vision_tower}")
+        if vision_alignment is not None and projector != "full":
+            raise ValueError(f"vision_alignment trains the projector in full; this one is {projector}")
         self.feature_cache = feature_cache
+        self.vision_alignment = vision_alignment
         self.vision_tower_training = vision_tower
         self.projector_training = projector
         self.base_dtype = dtype
@@ -139,13 +146,32 @@ class DoRALlava(Backbone):
             tower = cast(PreTrainedModel, model.get_submodule(parts["vision_tower"]))
             FeatureCache(self.feature_cache, tower, [layer] if isinstance(layer, int) else list(layer))
 
+    def on_train_start(self) -> None:
+        """The first stage, if there is one and the run is new."""
+        super().on_train_start()
+        if self.vision_alignment is None or self.trainer.global_step > 0:
+            return
+        if self.trainer.world_size > 1:
+            raise ValueError("vision_alignment runs on one device; save its checkpoint and go on with several")
+        loader: Any = self.trainer.train_dataloader
+        images = QuestionedImages()
+        for start in range(0, len(loader.dataset), self.vision_alignment.batch_size):
+            indices = range(start, min(start + self.vision_alignment.batch_size, len(loader.dataset)))
+            images.add(loader.collate_fn(loader.dataset[list(indices)]), self._image_token)
+        projector = self.language_model.get_submodule(_part(self.language_model, _PROJECTORS))
+        align_vision(self.language_model, projector, images, self.vision_alignment)
+
+    @property
+    def _image_token(self) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(self.processor.image_token))  # type: ignore[arg-type]
+
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
         """Mean cross-entropy over supervised tokens, and how many they are."""
         vision: Mapping[str, Tensor] | None = batch.get("vision")
         loss, tokens = supervised_loss(
             self.language_model, batch["input_ids"], batch["attention_mask"], batch["labels"], vision
         )
-        if not vision and self.training:
+        if self.training:
             loss = loss + self._nothing_of_vision()
         return loss, tokens
 
@@ -172,12 +198,13 @@ class DoRALlava(Backbone):
     def _nothing_of_vision(self) -> Tensor:
         """Zero, with a gradient of zero for what trains outside of the language model.
 
-        In a batch of text alone it would get none, which DDP takes for an error, and which would not be what a process
-        gets that has images in the same batch.
+        In a batch of text alone that would get no gradient, nor would the layers of a tower above those that are
+        projected, ever. DDP takes this for an error; and it is not what a process gets whose next batch has images.
         """
         language = {id(parameter) for parameter in self.language_model.get_decoder().parameters()}
-        unused = [p for p in self.parameters() if p.requires_grad and id(p) not in language]
-        return sum((p.sum() * 0.0 for p in unused if not isinstance(p, DTensor)), torch.zeros((), device=self.device))
+        outside = [p for p in self.parameters() if p.requires_grad and id(p) not in language]
+        parts = [p.to_local() if isinstance(p, DTensor) else p for p in outside]
+        return sum((part.sum() * 0.0 for part in parts), torch.zeros((), device=self.device))
 
     def _expanded(self, prompts: Sequence[str], vision: Mapping[str, Tensor] | None) -> list[str]:
         """The prompts with an image token for every position that an image takes."""
