@@ -69,7 +69,7 @@ def generate(
     if template not in (CHAT, NONE) and "{prompt}" not in template:
         raise ValueError(f"template must be 'chat', 'none' or a text that contains {{prompt}}, got {template!r}")
     asked = [prompt] if prompt is not None else _read_prompts(Path(prompts)) if prompts is not None else None
-    network, tokenizer = _load(model, base)
+    network, tokenizer = load_finished(model, base)
     if template == CHAT and tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer of {model} has no chat template; choose --template none or a text with {{prompt}}"
@@ -103,7 +103,16 @@ def generate(
         write_text_atomically(Path(output), lines)
 
 
-def _load(model: str, base: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_finished(model: str, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model to generate with, on the GPU if there is one, and its tokenizer.
+
+    Args:
+        model: adapter checkpoint (.ckpt), merged folder, or hub id.
+        base: folder or hub id of an adapter's base model; None for where the run loaded it from.
+
+    Raises:
+        ValueError: the checkpoint is none of an adapter, or a base was given beside a whole model.
+    """
     if model.endswith(".ckpt"):
         read_adapter_checkpoint(model)  # a clear error for a file that is none
         override: dict[str, Any] = {} if base is None else {"model_name_or_path": base}

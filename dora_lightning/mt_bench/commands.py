@@ -1,0 +1,140 @@
+"""MT-Bench on the command line: answer the questions, have the answers judged, read the scores."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dora_lightning.backbones.causal_lm import generate_texts
+from dora_lightning.files import write_text_atomically
+from dora_lightning.mt_bench.answers import CHAT, answer_questions
+from dora_lightning.mt_bench.judge import OWN_PROMPTS, judge_answers, read_prompts
+from dora_lightning.mt_bench.judge_client import chat_client
+from dora_lightning.mt_bench.questions import read_answers, read_questions
+from dora_lightning.mt_bench.scores import read_judgments, score_table, scores
+from dora_lightning.offline import load_finished
+
+
+def mt_bench(
+    model: str,
+    questions: str,
+    model_id: str | None = None,
+    output: str = "model_answer",
+    template: str = CHAT,
+    base: str | None = None,
+    max_new_tokens: int = 1024,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> None:
+    """Answer MT-Bench's questions, both turns, in FastChat's format; goes on where a run was stopped.
+
+    Args:
+        model: adapter checkpoint (.ckpt), merged folder, or hub id.
+        questions: FastChat's question.jsonl (fastchat/llm_judge/data/mt_bench in its repository).
+        model_id: name of the model in the file of answers; by default made of the model's path.
+        output: folder of the answers, which are written to {model_id}.jsonl in it.
+        template: "chat" for the tokenizer's chat template; "alpaca" for the prompt that Alpaca's rows are trained with;
+            "fastchat_alpaca" for that of FastChat's conversation "alpaca", as published.
+        base: folder or hub id of an adapter's base model; by default where the run loaded it from.
+        max_new_tokens: longest answer to one turn; 1024 as published.
+        batch_size: questions answered at a time.
+        seed: seed of sampling; the temperature is that of a question's category, as published.
+    """
+    asked = read_questions(questions)
+    network, tokenizer = load_finished(model, base)
+    name = model_id or _model_id(model)
+    file = Path(output) / f"{name}.jsonl"
+
+    def answer(prompts: Sequence[str], **options: Any) -> list[str]:
+        return generate_texts(network, tokenizer, prompts, **options)
+
+    report = _reporter("answered")
+    answered = answer_questions(
+        asked, answer, tokenizer, file, name, template, max_new_tokens, batch_size, seed, report
+    )
+    _say(f"Answers: {file} ({answered} of {len(asked)} questions answered now)")
+
+
+def mt_bench_judge(
+    answers: str,
+    questions: str,
+    judge: str,
+    api: str = "https://api.openai.com/v1",
+    references: str | None = None,
+    prompts: str | None = None,
+    output: str | None = None,
+    key_variable: str = "OPENAI_API_KEY",
+    request: dict[str, Any] | None = None,
+    workers: int = 4,
+) -> None:
+    """Have a judge rate answers to MT-Bench, by any OpenAI-compatible address; goes on where a run was stopped.
+
+    Args:
+        answers: a model's answers, model_answer/{model_id}.jsonl.
+        questions: FastChat's question.jsonl.
+        judge: name of the judging model at that address, such as gpt-4.
+        api: the address that /chat/completions stands behind.
+        references: right answers to math, reasoning and coding, FastChat's reference_answer/gpt-4.jsonl; not needed
+            where the questions have them.
+        prompts: FastChat's judge_prompts.jsonl; by default our own prompts, whose scores do not compare with published
+            ones.
+        output: file of the judgments; by default model_judgment/{judge}_single.jsonl beside the answers' folder.
+        key_variable: environment variable with the key of the address, if it wants one.
+        request: fields of the request to change or add; null leaves one out.
+        workers: judgments asked for at a time.
+    """
+    ask = chat_client(api, judge, os.environ.get(key_variable), request)
+    name = judge.replace("/", "_")
+    file = Path(output) if output else Path(answers).parent.parent / "model_judgment" / f"{name}_single.jsonl"
+    judged = judge_answers(
+        read_questions(questions),
+        read_answers(answers),
+        read_answers(references) if references else {},
+        ask,
+        judge,
+        file,
+        read_prompts(prompts) if prompts else OWN_PROMPTS,
+        workers,
+        _reporter("judged"),
+    )
+    _say(f"Judgments: {file} ({judged} turns judged now)")
+
+
+def mt_bench_scores(judgments: list[str], questions: str | None = None, output: str | None = None) -> None:
+    """Print the scores in FastChat's judgment files: per turn, their mean, and per category.
+
+    Args:
+        judgments: files of judgments, such as model_judgment/gpt-4_single.jsonl.
+        questions: FastChat's question.jsonl, for the scores per category.
+        output: JSON file to write the scores to as well.
+    """
+    results = scores(read_judgments(judgments), read_questions(questions) if questions else ())
+    Console().print(score_table(results))
+    if output is not None:
+        write_text_atomically(Path(output), json.dumps([result._asdict() for result in results], indent=2) + "\n")
+
+
+def _model_id(model: str) -> str:
+    """A name for the file of answers: a run's folder for its checkpoint, else the last part of the path or id."""
+    path = Path(model)
+    if path.suffix == ".ckpt":
+        folder = path.resolve().parent
+        folder = folder.parent if folder.name == "checkpoints" else folder
+        return "-".join(part for part in (folder.parent.name, folder.name, path.stem) if part)
+    return model.rstrip("/").rpartition("/")[2].replace(":", "-")
+
+
+def _reporter(what: str) -> Callable[[int, int], None]:
+    def report(done: int, count: int) -> None:
+        _say(f"{what} {done} of {count}")
+
+    return report
+
+
+def _say(text: str) -> None:
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
