@@ -172,8 +172,14 @@ class LoRALinear(AdapterLayer):
 
         Twice the rank where the first values are taken out of the update.
         """
-        A, B = self._factors()
+        A, B = self.factors()
         return A, ungrouped(A, B)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``A [rank, in]`` and ``B [out, rank / groups]`` as the operator applies them; else as :meth:`low_rank`."""
+        if self.init_A is None or self.init_B is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.init_A]), torch.cat([self.lora_B, -self.init_B], dim=1)
 
     def merged_weight(self) -> Tensor:
         """``W + s B A``."""
@@ -211,12 +217,6 @@ class LoRALinear(AdapterLayer):
             self.init_A.copy_(self.lora_A.detach())
             self.init_B.copy_(self.lora_B.detach())
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """The factors as the operator applies them."""
-        if self.init_A is None or self.init_B is None:
-            return self.lora_A, self.lora_B
-        return torch.cat([self.lora_A, self.init_A]), torch.cat([self.lora_B, -self.init_B], dim=1)
-
     def _watched(self) -> list[Tensor]:
         """What the update is computed from."""
         first = [] if self.init_A is None or self.init_B is None else [self.init_A, self.init_B]
@@ -229,7 +229,7 @@ class LoRALinear(AdapterLayer):
 
     def _outputs(self, x: Tensor, bias: Tensor | None, gain: Tensor | None, x_dropped: Tensor | None) -> Tensor:
         """``gain (W x + s B A x_dropped) + bias``."""
-        A, B = self._factors()
+        A, B = self.factors()
         return self.operator.adapted(self.base_layer, x, bias, A, B, self.scaling, gain=gain, x_dropped=x_dropped)
 
     def _adapted(self, x: Tensor) -> Tensor:

@@ -98,6 +98,10 @@ class VeRALinear(LoRALinear):
         nn.init.constant_(self.lambda_d, self._d_initial)
         nn.init.zeros_(self.lambda_b)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``diag(d) A`` and ``diag(b) B`` of this layer."""
+        return scaled_pair(self.pair, self.lambda_d, self.lambda_b, self.in_features)
+
     def extra_repr(self) -> str:
         """Rank and the seed of the pair."""
         return f"rank={self.rank}, projection_seed={self.pair.seed}"
@@ -117,9 +121,6 @@ class VeRALinear(LoRALinear):
 
     def _reset_low_rank(self) -> None:
         self.reset_vectors()
-
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        return scaled_pair(self.pair, self.lambda_d, self.lambda_b, self.in_features)
 
     def _watched(self) -> list[Tensor]:
         return [self.lambda_d, self.lambda_b]
