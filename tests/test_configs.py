@@ -13,6 +13,12 @@ from dora_lightning.cli import DoRACLI
 ROOT = Path(__file__).parent.parent / "configs"
 PROTOCOL = ROOT / "commonsense" / "protocol.yaml"
 COMMONSENSE = sorted(path for path in (ROOT / "commonsense").glob("*.yaml") if path != PROTOCOL)
+TUNING = sorted(
+    path
+    for folder in ("instruction_tuning", "math", "dpo")
+    for path in (ROOT / folder).glob("*.yaml")
+    if path.stem != "protocol"
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ReadConfig = Callable[..., DoRACLI]
@@ -86,3 +92,45 @@ def test_all_published_runs_are_there() -> None:
     models, variants = ("llama-7b", "llama-13b", "llama2-7b", "llama3-8b"), ("dora", "dora-half", "dora-qkv", "lora")
     wanted = {f"{model}-{variant}" for model in models for variant in variants}
     assert wanted <= {path.stem for path in COMMONSENSE}
+
+
+@pytest.mark.parametrize("path", TUNING, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_tuning(read_config: ReadConfig, path: Path) -> None:
+    cli = read_config(path.parent / "protocol.yaml", path)
+    assert cli.datamodule.tokenizer_name == cli.model.model_name_or_path
+    assert cli.model.adapter.method == path.stem.rpartition("-")[2]
+    assert cli.config["trainer"]["default_root_dir"] == f"runs/{path.parent.name}/{path.stem}"
+
+
+# rank and rate: Liu et al. 2024, table 11
+INSTRUCTION_TUNING = {"lora": (64, 4e-4), "dora": (64, 4e-4), "vera": (1024, 4e-3), "dvora": (1024, 4e-3)}
+
+
+@pytest.mark.parametrize("model", ["llama-7b", "llama2-7b"])
+@pytest.mark.parametrize("method", INSTRUCTION_TUNING)
+def test_instruction_tuning_as_published(read_config: ReadConfig, model: str, method: str) -> None:
+    folder = ROOT / "instruction_tuning"
+    cli = read_config(folder / "protocol.yaml", folder / f"{model}-{method}.yaml")
+    assert (cli.model.adapter.rank, rate_of(cli.model)) == INSTRUCTION_TUNING[method]
+    targets = {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"}
+    assert (set(cli.model.adapter.target_modules), cli.model.adapter.dropout) == (targets, 0)
+    schedule = cli.model.lr_scheduler(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
+    assert (schedule.warmup, schedule.decay) == (0.1, "cosine")
+    data = cli.datamodule
+    assert (data.hub, data.template_name, data.limit_train) == ("yahma/alpaca-cleaned", "alpaca", 10_000)
+    assert (data.batch_size, cli.trainer.accumulate_grad_batches, cli.trainer.max_epochs) == (4, 4, 1)
+
+
+def test_orca_math_as_published(read_config: ReadConfig, tmp_path: Path) -> None:
+    model = tmp_path / "model.yaml"
+    model.write_text("model:\n  init_args:\n    model_name_or_path: meta-llama/Llama-2-7b-hf\n")
+    cli = read_config(ROOT / "math" / "protocol.yaml", model)
+    adapter, data = cli.model.adapter, cli.datamodule
+    assert (adapter.method, adapter.rank, adapter.alpha, adapter.dropout) == ("dora", 64, 16, 0.1)
+    assert set(adapter.target_modules) == {"k_proj", "q_proj", "v_proj", "up_proj", "down_proj", "gate_proj"}
+    optimizer = cli.model.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (1e-5, 0.1)
+    assert cli.model.lr_scheduler is None
+    assert (data.train_size, data.held_out, data.test_size) == (100_000, 5_000, 500)
+    assert (data.cutoff_len, data.batch_size) == (2048, 4)
+    assert cli.model.task.generation == {"max_new_tokens": 1024, "do_sample": False}
