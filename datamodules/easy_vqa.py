@@ -46,6 +46,8 @@ class EasyVQADataModule(VisionDataModule):
         options: What is ranked: ``all`` 13 answers, or those of the question's ``kind``.
         short_answer_suffix: Add LLaVA's "Answer the question using a single word or phrase." to each question, in
             training too. Off, since these tokens are as many as the question's own.
+        share_images: As in :class:`~datamodules.vision.VisionDataModule`; with ``questions_per_conversation: 1`` each
+            question is trained on as it is tested, alone, at a third of the tokens.
         template: As in :class:`~datamodules.vision.VisionDataModule`.
         image_aspect_ratio: As in :class:`~datamodules.vision.VisionDataModule`; the images are square.
         batch_size: As in :class:`~datamodules.vision.VisionDataModule`.
@@ -70,6 +72,7 @@ class EasyVQADataModule(VisionDataModule):
         test_size: int | None = None,
         options: Literal["all", "kind"] = "all",
         short_answer_suffix: bool = False,
+        share_images: bool = False,
         template: str = "vicuna_v1",
         image_aspect_ratio: AspectRatio = "pad",
         batch_size: int = 16,
@@ -87,6 +90,7 @@ class EasyVQADataModule(VisionDataModule):
             cutoff_len=cutoff_len,
             num_workers=num_workers,
             seed=seed,
+            share_images=share_images,
         )
         for name, number in (
             ("train_images", train_images),

@@ -26,6 +26,8 @@ class EncodedSample(NamedTuple):
     labels: torch.Tensor
     image_tokens: tuple[int, ...] = ()
     """How many tokens the model reads in place of each image's one."""
+    turns: torch.Tensor | None = None
+    """``[tokens]``, of several samples that share an image; see :mod:`datamodules.sharing`."""
 
     @property
     def trains(self) -> bool:
@@ -160,7 +162,8 @@ class Collator:
     """Pads encoded samples on the right to a batch.
 
     The width is a multiple of 8, but never above ``cutoff_len``. The batch is a dict of ``input_ids``,
-    ``attention_mask`` and ``labels``, each ``[batch, tokens]`` of int64, and ``samples``, the list of samples.
+    ``attention_mask`` and ``labels``, each ``[batch, tokens]`` of int64, and ``samples``, the list of samples; and
+    ``turns``, likewise, where several samples share a row.
 
     Args:
         pad_token_id: The token to pad with; it is masked in attention and labels.
@@ -176,12 +179,16 @@ class Collator:
         lengths = torch.tensor([len(item.input_ids) for item in encoded])
         longest = int(lengths.max())
         width = max(longest, min(self.cutoff_len, -(-longest // _PAD_MULTIPLE) * _PAD_MULTIPLE))
-        return {
+        batch = {
             "input_ids": _pad([item.input_ids for item in encoded], width, self.pad_token_id),
             "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
             "labels": _pad([item.labels for item in encoded], width, IGNORE),
             "samples": [item.sample for item in encoded],
         }
+        if any(item.turns is not None for item in encoded):
+            turns = [torch.zeros_like(i.input_ids) if i.turns is None else i.turns for i in encoded]
+            batch["turns"] = _pad(turns, width, 0)
+        return batch
 
 
 def _pad(rows: list[torch.Tensor], width: int, value: int) -> torch.Tensor:

@@ -41,6 +41,7 @@ class LlavaInstructions(VisionDataModule):
         seed: Likewise.
         on_bad_row: Likewise. Bad is also a row that is no conversation of questions and answers in turn.
         group_by_length: Likewise.
+        share_images: Likewise.
 
     Raises:
         ValueError: The arguments contradict each other, or the template is unknown.
@@ -65,6 +66,7 @@ class LlavaInstructions(VisionDataModule):
         seed: int = 42,
         on_bad_row: OnBadRow = "raise",
         group_by_length: bool = True,
+        share_images: bool = False,
     ) -> None:
         super().__init__(
             tokenizer,
@@ -78,6 +80,7 @@ class LlavaInstructions(VisionDataModule):
             seed,
             on_bad_row,
             group_by_length,
+            share_images,
         )
         if val_file is not None and val_size:
             raise ValueError("give val_file or val_size, not both: one names the validation data, the other draws it")

@@ -131,7 +131,11 @@ class TextDataModule(LightningDataModule):
             rank_zero_warn(message)
         if stage == "train" and not kept:
             raise ValueError(f"{type(self).__name__} has no training samples")
-        return EncodedDataset(kept)
+        return EncodedDataset(self.arranged(kept) if stage == "train" else kept)
+
+    def arranged(self, encoded: list[EncodedSample]) -> list[EncodedSample]:
+        """The training samples as they come into batches: here, as they are."""
+        return encoded
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of like length; goes on where a checkpoint stopped, to the batch."""

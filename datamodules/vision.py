@@ -15,6 +15,7 @@ from datamodules.conversation import (
 from datamodules.encoding import Collator, EncodedSample, encode_samples
 from datamodules.image_checks import report_skipped, sample_name, usable_samples
 from datamodules.rows import OnBadRow
+from datamodules.sharing import share_images
 from datamodules.text import TextDataModule
 from dora_lightning.data import IGNORE, Sample
 from dora_lightning.images import IMAGE, open_image, pad_to_square
@@ -51,6 +52,8 @@ class VisionDataModule(TextDataModule):
             header stops the run when it is decoded. ``skip`` decodes every image at the start, leaves such samples out
             and reports how many.
         group_by_length: As in :class:`~datamodules.text.TextDataModule`; lengths count the tokens of images too.
+        share_images: Training samples about the same image share a row, which reads the image once; each is answered
+            as if it were alone. Needs the attention ``sdpa`` or ``eager``.
 
     Raises:
         ValueError: ``template`` or ``image_aspect_ratio`` is unknown.
@@ -69,6 +72,7 @@ class VisionDataModule(TextDataModule):
         seed: int = 42,
         on_bad_row: OnBadRow = "raise",
         group_by_length: bool = True,
+        share_images: bool = False,
     ) -> None:
         super().__init__(
             tokenizer,
@@ -81,6 +85,7 @@ class VisionDataModule(TextDataModule):
             on_bad_row,
             group_by_length,
         )
+        self.share_images = share_images
         check_conversation_template(template)
         if image_aspect_ratio not in ("pad", "plain"):
             raise ValueError(f"image_aspect_ratio must be 'pad' or 'plain', found {image_aspect_ratio!r}")
@@ -131,6 +136,10 @@ class VisionDataModule(TextDataModule):
                 bad.append(message)
         report_skipped(bad, len(encoded), "since their images do not fit")
         return good
+
+    def arranged(self, encoded: list[EncodedSample]) -> list[EncodedSample]:
+        """Training samples, those about the same image joined if ``share_images``."""
+        return share_images(encoded, self._image_token_id, self.cutoff_len) if self.share_images else encoded
 
     def collator(self) -> Collator:
         """What makes a batch of encoded samples, images included."""
@@ -202,7 +211,9 @@ class VisionCollator(Collator):
     def _expanded(self, item: EncodedSample) -> EncodedSample:
         repeats = _repeats(item, self.image_token_id)
         return item._replace(
-            input_ids=item.input_ids.repeat_interleave(repeats), labels=item.labels.repeat_interleave(repeats)
+            input_ids=item.input_ids.repeat_interleave(repeats),
+            labels=item.labels.repeat_interleave(repeats),
+            turns=None if item.turns is None else item.turns.repeat_interleave(repeats),
         )
 
     def _images(self, sample: Sample) -> list[Image.Image]:

@@ -30,6 +30,7 @@ def supervised_loss(
     labels: Tensor,
     vision: Mapping[str, Tensor] | None = None,
     position_ids: Tensor | None = None,
+    turns: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """Mean cross-entropy over supervised positions, and how many there are.
 
@@ -41,8 +42,22 @@ def supervised_loss(
         vision: what the image processor made of the images, in their order (``pixel_values``, ...).
         position_ids: ``[B, T]`` of packed rows, which hold several sequences: it begins at 0 with each of them, and
             with the padding. Nothing is attended to across these beginnings. None for one sequence in a row.
+        turns: ``[B, T]`` of rows that several sequences share the beginning of: 0 there, then 1, 2, ... in the rest
+            of each. Each attends to the beginning and to itself, at the positions it would have alone.
+
+    Raises:
+        ValueError: sequences share a beginning and the model's attention takes no mask of its own for each row.
     """
-    logits, targets, _ = _supervised_logits(model, input_ids, attention_mask, labels, vision, position_ids)
+    if turns is not None:
+        if model.config._attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f"rows that share an image need the attention sdpa or eager, not {model.config._attn_implementation}"
+            )
+        logits, targets, _ = _supervised_logits(
+            model, input_ids, _turns_mask(turns, attention_mask, model.dtype), labels, vision, _turns_positions(turns)
+        )
+    else:
+        logits, targets, _ = _supervised_logits(model, input_ids, attention_mask, labels, vision, position_ids)
     if not len(targets):
         return logits.sum() * 0.0, 0
     return F.cross_entropy(logits.float(), targets), len(targets)
@@ -76,7 +91,7 @@ def _supervised_logits(
     targets = labels[:, 1:]
     supervised = targets != IGNORE  # [B, T - 1]
     # the models see packed rows by their positions, and only where they are given no mask and no cache
-    mask = attention_mask if position_ids is None else None
+    mask = attention_mask if position_ids is None or attention_mask.ndim == 4 else None
     hidden = _hidden(model, input_ids, mask, position_ids, vision=vision)  # [B, T, D]
     return _logits(model, hidden[:, :-1][supervised]), targets[supervised], supervised.nonzero()[:, 0]
 
@@ -193,6 +208,26 @@ def _tokenize_options(
 def _common_start(rows: Sequence[list[int]]) -> list[int]:
     length = next((i for i, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1), min(map(len, rows)))
     return rows[0][:length]
+
+
+def _turns_mask(turns: Tensor, attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention's scores ``[B, 1, T, T]``: each turn sees what is shared and what came of itself."""
+    width = turns.shape[1]
+    seen = (turns[:, None, :] == 0) | (turns[:, None, :] == turns[:, :, None])  # [B, T (query), T (key)]
+    seen &= torch.ones(width, width, dtype=torch.bool, device=turns.device).tril()
+    seen &= attention_mask[:, None, :].bool() | torch.eye(width, dtype=torch.bool, device=turns.device)
+    return torch.zeros(seen.shape, dtype=dtype, device=turns.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def _turns_positions(turns: Tensor) -> Tensor:
+    """Position ``[B, T]`` of each token in its own sequence."""
+    index = torch.arange(turns.shape[1], device=turns.device)
+    begins = torch.ones_like(turns, dtype=torch.bool)
+    begins[:, 1:] = turns[:, 1:] != turns[:, :-1]
+    start = (index * begins).cummax(dim=1).values
+    # a row of which nothing is shared is one sequence
+    shared = (turns != 0).int().argmax(dim=1, keepdim=True)
+    return index - start + shared * (turns != 0)
 
 
 def _pad(rows: Sequence[Sequence[int]], device: torch.device, left: bool = False, value: int = 0) -> Tensor:

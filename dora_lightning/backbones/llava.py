@@ -42,7 +42,8 @@ class DoRALlava(Backbone):
 
     Batches are those of :class:`~dora_lightning.backbones.DoRALlama`, and ``vision``, a dict of what the image
     processor made of the batch's images (``pixel_values``, ...), where it has any. The text holds an image token for
-    every position that an image takes.
+    every position that an image takes. Rows of several questions about one image come with ``turns``
+    (:func:`~dora_lightning.backbones.causal_lm.supervised_loss`).
 
     What trains in full is kept in fp32, whatever the dtype of the base: in bf16, steps of 2e-5 would move nothing. Its
     learning rate is that of the group ``other``; the callback ``GroupLearningRates`` gives the projector and the tower
@@ -169,7 +170,12 @@ class DoRALlava(Backbone):
         """Mean cross-entropy over supervised tokens, and how many they are."""
         vision: Mapping[str, Tensor] | None = batch.get("vision")
         loss, tokens = supervised_loss(
-            self.language_model, batch["input_ids"], batch["attention_mask"], batch["labels"], vision
+            self.language_model,
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["labels"],
+            vision,
+            turns=batch.get("turns"),
         )
         if self.training:
             loss = loss + self._nothing_of_vision()

@@ -75,9 +75,13 @@ class QuestionedImages:
     def add(self, batch: dict[str, Any], image_token: int) -> None:
         """Add the conversations of a batch that are about one image."""
         pixels = iter(batch.get("vision", {}).get("pixel_values", ()))
-        for sample, ids, labels in zip(batch["samples"], batch["input_ids"], batch["labels"], strict=True):
+        # what the rows of several questions share is no part of a question
+        shared = batch["turns"] == 0 if "turns" in batch else torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+        left_out = shared | (batch["input_ids"] == image_token)
+        rows = zip(batch["samples"], batch["input_ids"], batch["labels"], left_out, strict=True)
+        for sample, ids, labels, out in rows:
             own = [next(pixels) for _ in sample.images]
-            pairs = list(_questions_and_answers(ids.tolist(), labels.tolist(), image_token))
+            pairs = list(_questions_and_answers(ids[~out].tolist(), labels[~out].tolist()))
             if len(own) == 1 and pairs:
                 self.pixels.append(own[0])
                 self.asked.append(
@@ -176,9 +180,7 @@ def _number(numbers: dict[tuple[int, ...], int], text: tuple[int, ...]) -> int:
     return numbers.setdefault(text, len(numbers))
 
 
-def _questions_and_answers(
-    ids: list[int], labels: list[int], image_token: int
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _questions_and_answers(ids: list[int], labels: list[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Runs of tokens that are not trained on, each with the run after it that is."""
     question: list[int] = []
     answer: list[int] = []
@@ -189,8 +191,7 @@ def _questions_and_answers(
         if answer:
             yield tuple(question), tuple(answer)
             question, answer = [], []
-        if token != image_token:
-            question.append(token)
+        question.append(token)
     if answer:
         yield tuple(question), tuple(answer)
 
