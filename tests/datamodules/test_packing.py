@@ -180,9 +180,14 @@ class KillAt(Callback):
 
 
 def fit(
-    folder: Path, data: Packed, callbacks: list[Callback], ckpt_path: str | None = None, **options: Any
+    folder: Path,
+    data: Packed,
+    callbacks: list[Callback],
+    ckpt_path: str | None = None,
+    module: Recorder | None = None,
+    **options: Any,
 ) -> Recorder:
-    module = Recorder()
+    module = module or Recorder()
     trainer = Trainer(
         accelerator="cpu",
         logger=False,
@@ -214,6 +219,37 @@ def test_resume_in_the_middle_of_an_epoch(tmp_path: Path, tokenizer_folder: str,
     resumed = fit(tmp_path, data(), [saver], str(tmp_path / f"step={first}.ckpt"))
     assert resumed.seen == whole.seen[first:]
     assert resumed.weight.item() == whole.weight.item()
+
+
+class Writer(Recorder):
+    """Writes down, per process, which samples each batch of an epoch holds."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        with (self.folder / f"epoch{self.current_epoch}-{self.global_rank}").open("a") as file:
+            file.write(" ".join(sample.prompt.split()[0] for sample in batch["samples"]) + "\n")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork.*|.*multi-threaded.*")
+def test_two_processes_share_the_batches_of_one(tokenizer_folder: str, tmp_path: Path) -> None:
+    runs: list[tuple[str, int, dict[str, Any]]] = [
+        ("one", 4, {}),
+        ("two", 2, {"strategy": "ddp_fork", "devices": 2}),
+    ]
+    for name, batch_size, options in runs:
+        (tmp_path / name).mkdir()
+        data = make_packed(tokenizer_folder, batch_size=batch_size)
+        fit(tmp_path, data, [], module=Writer(tmp_path / name), **options)
+    for epoch in range(3):
+        whole = [line.split() for line in (tmp_path / "one" / f"epoch{epoch}-0").read_text().splitlines()]
+        ranks = [(tmp_path / "two" / f"epoch{epoch}-{rank}").read_text().splitlines() for rank in range(2)]
+        assert len(whole) == 5
+        halves = [(left + " " + right).split() for left, right in zip(*ranks, strict=True)]
+        assert [sorted(batch) for batch in halves] == [sorted(batch) for batch in whole]
 
 
 def test_resume_with_rows_of_another_length_is_noticed(tmp_path: Path, tokenizer_folder: str) -> None:
