@@ -90,9 +90,10 @@ def _supervised_logits(
     """Logits ``[N, V]`` of what is supervised, the tokens ``[N]`` that should follow, and their rows ``[N]``."""
     targets = labels[:, 1:]
     supervised = targets != IGNORE  # [B, T - 1]
-    # the models see packed rows by their positions, and only where they are given no mask and no cache
-    mask = attention_mask if position_ids is None or attention_mask.ndim == 4 else None
-    hidden = _hidden(model, input_ids, mask, position_ids, vision=vision)  # [B, T, D]
+    if position_ids is None or attention_mask.ndim == 4:
+        hidden = _hidden(model, input_ids, attention_mask, position_ids, vision=vision)  # [B, T, D]
+    else:
+        hidden = _hidden_of_packed(model, input_ids, position_ids)
     return _logits(model, hidden[:, :-1][supervised]), targets[supervised], supervised.nonzero()[:, 0]
 
 
@@ -254,6 +255,17 @@ def _hidden(
         inputs["use_cache"] = False  # else the model makes a cache of its own, and takes a packed row for one sequence
     inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     return body(**inputs).last_hidden_state
+
+
+def _hidden_of_packed(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Last hidden states ``[B, T, D]`` of packed rows.
+
+    Models see where sequences begin by their positions, and only where they are given no mask and no cache.
+    """
+    if "flash" not in str(model.config._attn_implementation):
+        return _hidden(model, input_ids, None, position_ids)
+    # flash attention sees it in a batch of one row alone, and for it one long row costs no more than several
+    return _hidden(model, input_ids.view(1, -1), None, position_ids.view(1, -1)).view(*input_ids.shape, -1)
 
 
 def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import MakeBackbone, MakeData, MakeTrainer, perturb_adapters
-from transformers import AutoTokenizer
+from transformers import AttentionInterface, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from datamodules.encoding import Collator, encode_samples
 from datamodules.packing import PackingCollator, pack_lengths
@@ -76,3 +78,26 @@ def test_a_fit_with_rows_learns(make_backbone: MakeBackbone, make_data: MakeData
     loss = float(trainer.callback_metrics["val/loss"])
     assert loss < 4  # of ln 384 = 5.95
     assert float(trainer.callback_metrics["val/perplexity"]) == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+def test_flash_attention_gets_one_row(make_backbone: MakeBackbone, tiny_llama: Path) -> None:
+    # transformers looks for boundaries in a batch of one row only where flash attention is used, and takes several
+    # rows for one sequence each without a word; there is no such attention on a CPU, so its name stands for another
+    AttentionInterface.register("flash_by_another_name", sdpa_attention_forward)
+    AttentionMaskInterface.register("flash_by_another_name", sdpa_mask)
+    items = encode_samples(SAMPLES, AutoTokenizer.from_pretrained(tiny_llama))
+    rows = [[items[index] for index in row] for row in pack_lengths([item.length for item in items], 100)]
+    batch = PackingCollator(0, 100)(rows)
+    losses, shapes = [], []
+    for attention in ("sdpa", "flash_by_another_name"):
+        module = make_backbone()
+        module.configure_model()
+        module.language_model.config._attn_implementation = attention
+        module.language_model.model.register_forward_pre_hook(
+            lambda _, __, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
+        )
+        losses.append(module.loss(batch)[0].detach())
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-5)
+    count, width = batch["input_ids"].shape
+    assert count > 1
+    assert shapes == [(count, width), (1, count * width)]
