@@ -9,7 +9,7 @@ from torch import nn
 from dora_lightning.adapters import AdapterConfig, AdapterLayer, inject_adapters
 from tests.adapters.perturbed import adapted, assert_close
 
-METHODS = ["dora", "lora", "magnitude"]
+METHODS = ["dora", "lora", "vera", "dvora", "magnitude"]
 
 
 def fresh(base: nn.Linear, method: str, **options: object) -> AdapterLayer:
@@ -22,7 +22,7 @@ def test_starts_at_the_pretrained_function_bit_for_bit(method: str, axis: str) -
     base = nn.Linear(300, 200, bias=False)
     x = torch.randn(5, 7, 300)
     expected = base(x)
-    layer = fresh(base, method, **({} if method == "lora" else {"norm_axis": axis}))
+    layer = fresh(base, method, **({} if method in ("lora", "vera") else {"norm_axis": axis}))
     assert torch.equal(layer(x), expected)
     layer.eval()
     with torch.inference_mode():
@@ -91,16 +91,23 @@ def test_dropout_only_in_training() -> None:
     assert torch.equal(layer(x), layer(x))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_to_empty_and_reset(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [*((method, {}) for method in METHODS), ("dora", {"init": "pissa"}), ("lora", {"init": "olora"})],
+)
+def test_to_empty_and_reset(method: str, options: dict) -> None:
     """The way of large models: built on the meta device, given memory, loaded, initialised."""
+    options = {"rank": 4} | options if method != "magnitude" else {}
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(12, 10))
-        inject_adapters(model, AdapterConfig(method=method))
+        inject_adapters(model, AdapterConfig(method=method, **options))
         assert model(torch.randn(5, 12)).shape == (5, 10)
     model.to_empty(device="cpu")
     nn.init.normal_(model[0].base_layer.weight)
     nn.init.zeros_(model[0].base_layer.bias)
     model[0].reset_parameters()
     x = torch.randn(5, 12)
-    assert torch.equal(model(x), x @ model[0].weight.T)
+    if "init" in options:
+        assert_close(model(x), x @ model[0].weight.T, 1e-5)
+    else:
+        assert torch.equal(model(x), x @ model[0].weight.T)

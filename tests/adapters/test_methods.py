@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import peft
@@ -31,6 +32,10 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
         for kind in ("Linear", "Conv1D")
         for method in ("dora", "dvora", "magnitude")
     ),
+    *(("dora", kind, {"detach_norm": False}) for kind in KINDS),
+    *(("dvora", kind, {"detach_norm": False}) for kind in ONE_GROUP),
+    ("dora", "Linear", {"detach_norm": False, "init": "pissa"}),
+    ("dora", "Conv1D", {"detach_norm": False, "norm_axis": "in"}),
     *((method, kind, {"use_rslora": True, "alpha": 3.0}) for kind in ONE_GROUP for method in LOW_RANK),
 ]
 IDS = [f"{method} {kind} {' '.join(f'{k}={v}' for k, v in options.items())}".strip() for method, kind, options in CASES]
@@ -97,6 +102,27 @@ def test_merged(method: str, kind: str, options: dict[str, Any]) -> None:
     assert torch.equal(layer(x), y)
 
 
+WATCHED = [
+    *(("dora", kind, {}) for kind in KINDS),
+    *(("dvora", kind, {}) for kind in ONE_GROUP),
+    *(("dora", kind, {"init": "pissa"}) for kind in ONE_GROUP),
+]
+
+
+@pytest.mark.parametrize(("method", "kind", "options"), WATCHED, ids=str)
+def test_a_norm_is_never_stale(method: str, kind: str, options: dict[str, Any]) -> None:
+    layer, x = adapted(kind, method, **options)
+    own = dict([*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)])
+    for name, tensor in {**own, "base": layer.base_layer.weight}.items():
+        before = layer(x)
+        with torch.no_grad():
+            tensor.mul_(1.5)
+        after = layer(x)
+        assert not torch.equal(after, before), name
+        # a copy has an empty cache
+        assert torch.equal(after, copy.deepcopy(layer)(x)), name
+
+
 PEFT_CASES = [
     *((method, kind, "kaiming") for kind in [*PLAIN, "Embedding padding"] for method in LOW_RANK),
     *(("vera", kind, "kaiming") for kind in ("Linear", "Conv1D")),
@@ -118,6 +144,34 @@ def test_peft(method: str, kind: str, init: str) -> None:
     assert ours.keys() == theirs.keys()
     for name, g in theirs.items():
         assert_close(ours[name], g, 5e-5)
+
+
+DROPPED = [
+    *((method, kind) for kind in PLAIN if kind != "Embedding" for method in LOW_RANK),
+    *(("vera", kind) for kind in ("Linear", "Conv1D")),
+]
+
+
+@pytest.mark.parametrize(("method", "kind"), DROPPED)
+def test_peft_with_the_same_dropout_mask(method: str, kind: str) -> None:
+    layer, x = adapted(kind, method, dropout=0.3, **({"exact_dropout": True} if method == "dora" else {}))
+    option = "vera_dropout" if method == "vera" else "lora_dropout"
+    twin, parameters = peft_twin(kind, layer, **{option: 0.3})
+    dy = torch.randn(layer(x).shape)
+    torch.manual_seed(3)
+    expected, theirs = gradients(twin, x, dy, parameters)
+    torch.manual_seed(3)
+    y, ours = gradients(layer, x, dy, {name: getattr(layer, name) for name in parameters})
+    assert_close(y, expected, 2e-5)
+    for name, g in theirs.items():
+        assert_close(ours[name], g, 5e-5)
+    assert not torch.allclose(layer.eval()(x), y)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "dvora"])
+def test_what_is_looked_up_is_not_dropped(method: str) -> None:
+    layer, x = adapted("Embedding", method, dropout=0.5, **({"exact_dropout": True} if method == "dora" else {}))
+    assert torch.equal(layer(x), layer.eval()(x))
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

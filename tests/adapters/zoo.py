@@ -117,7 +117,7 @@ def adapted(kind: str, method: str, **options: Any) -> tuple[AdapterLayer, Tenso
 def dense(kind: str, layer: AdapterLayer, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Output and weight by the formula, in float64, and the leaves it was computed from, to be differentiated.
 
-    The norm is held constant, as the paper says.
+    The norm is held constant, as the paper says, unless ``detach_norm=False``.
     """
     spec, base = KINDS[kind], layer.base_layer
     leaves = {
@@ -137,7 +137,8 @@ def dense(kind: str, layer: AdapterLayer, x: Tensor) -> tuple[Tensor, dict[str, 
     V = W + update
     if "magnitude" in leaves:
         axis = 1 if layer.norm_axis == "out" else 0
-        gain = leaves["magnitude"] / V.norm(dim=axis).detach()
+        norm = V.norm(dim=axis)
+        gain = leaves["magnitude"] / (norm.detach() if getattr(layer, "detach_norm", True) else norm)
         V = V * (gain[:, None] if axis == 1 else gain)
     weight = spec.stored(V, base.weight)
     bias = None if layer.bias is None else layer.bias.detach().double()

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import MakeLlama
+from tiny import MakeBackbone, MakeData, MakeLlama, MakeTrainer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from dora_lightning import AdapterConfig, inject_adapters, merge_adapters
 from dora_lightning.training import merging
-from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint, frozen_names
+from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint, frozen_names, read_adapter_checkpoint
 from dora_lightning.training.base_identity import base_identity
 from dora_lightning.training.merging import merge_to_folder
 from tests.adapters.perturbed import perturb
@@ -376,3 +376,48 @@ def test_memory_is_that_of_one_weight_not_of_the_model(make_llama: MakeLlama, tm
     # the weight as stored, and its fp32 copies while it is computed
     assert float(done.stdout) < 7 * largest < size / 2
     shutil.rmtree(tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "vera"},
+        {"method": "dvora"},
+        {"method": "full", "rank": 16},
+        {"init": "pissa"},
+        {"init": "pissa_niter_2", "rank_pattern": {"v_proj": 2}},
+        {"magnitude_only_modules": ["up_proj"], "init": "olora"},
+    ],
+    ids=str,
+)
+def test_from_training_to_a_merged_folder(
+    untied_llama: Path,
+    make_backbone: MakeBackbone,
+    make_data: MakeData,
+    make_trainer: MakeTrainer,
+    tmp_path: Path,
+    options: dict[str, Any],
+) -> None:
+    """A checkpoint holds all that the trained function is made of: it is resumed, and merged from the base's files."""
+    module = make_backbone(untied_llama, adapter=options, lr=0.05)
+    trainer = make_trainer(max_steps=3, limit_val_batches=0)
+    trainer.fit(module, datamodule=make_data())
+    path = tmp_path / "run.ckpt"
+    trainer.save_checkpoint(path)
+    tokens = torch.arange(3, 27).reshape(2, 12)
+    with torch.no_grad():
+        expected = module.model.eval()(tokens).logits
+    held = torch.load(path, weights_only=True)["state_dict"]
+    assert sum(t.numel() for t in held.values()) < 0.5 * sum(p.numel() for p in module.parameters())
+
+    folder = merge_to_folder(str(untied_llama), read_adapter_checkpoint(path), tmp_path / "merged")
+    with torch.no_grad():
+        merged = LlamaForCausalLM.from_pretrained(folder)(tokens).logits
+        pretrained = LlamaForCausalLM.from_pretrained(untied_llama)(tokens).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - pretrained).abs().max() > 1e-2
+
+    torch.manual_seed(5)  # what starts from random numbers must come from the checkpoint
+    loaded = type(module).load_from_checkpoint(path)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model.eval()(tokens).logits, expected, rtol=1e-5, atol=1e-5)
