@@ -14,10 +14,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_lightning.adapters import merge_adapters
-from dora_lightning.backbones import DoRALlama
+from dora_lightning.backbones import DoRALlama, DoRALlava
 from dora_lightning.backbones.causal_lm import generate_texts
 from dora_lightning.files import write_text_atomically
-from dora_lightning.pretrained import load_causal_lm, load_tokenizer
+from dora_lightning.pretrained import load_causal_lm, load_tokenizer, load_vision_language_model, reads_images_too
+from dora_lightning.processing import image_inputs, image_token_counts, load_processor, vision_sizes
 from dora_lightning.training.adapter_checkpoint import read_adapter_checkpoint
 from dora_lightning.training.merging import merge_to_folder
 
@@ -42,6 +43,7 @@ def generate(
     model: str,
     prompt: str | None = None,
     prompts: str | None = None,
+    image: str | None = None,
     output: str | None = None,
     template: str = CHAT,
     base: str | None = None,
@@ -56,6 +58,7 @@ def generate(
         model: adapter checkpoint (.ckpt), merged folder, or hub id.
         prompt: one prompt.
         prompts: file with one prompt a line, or JSONL with a field "prompt".
+        image: image file that each prompt, or the chat, is about, for a model that reads images.
         output: JSONL file for the answers to a file of prompts; standard output by default.
         template: "chat" for the tokenizer's chat template, "none" for the bare prompt, or a text with {prompt} in it.
         base: folder or hub id of an adapter's base model; by default where the run loaded it from.
@@ -69,7 +72,14 @@ def generate(
     if template not in (CHAT, NONE) and "{prompt}" not in template:
         raise ValueError(f"template must be 'chat', 'none' or a text that contains {{prompt}}, got {template!r}")
     asked = [prompt] if prompt is not None else _read_prompts(Path(prompts)) if prompts is not None else None
-    network, tokenizer = load_finished(model, base)
+    network, tokenizer, processor = _load(model, base)
+    vision: dict[str, Any] | None = None
+    picture = ""
+    if image is not None:
+        if processor is None:
+            raise ValueError(f"{model} reads text alone: an image needs a LLaVA-style model")
+        vision = dict(image_inputs(processor, image).to(network.device))
+        picture = processor.image_token * image_token_counts(processor, vision_sizes(vision))[0] + "\n"
     if template == CHAT and tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer of {model} has no chat template; choose --template none or a text with {{prompt}}"
@@ -79,15 +89,16 @@ def generate(
         options["temperature"] = temperature
 
     def answer(texts: Sequence[str]) -> list[str]:
-        return generate_texts(network, tokenizer, texts, **options)
+        repeated = {name: torch.cat([tensor] * len(texts)) for name, tensor in (vision or {}).items()}
+        return generate_texts(network, tokenizer, texts, repeated or None, **options)
 
     if asked is None:
-        _chat(answer, tokenizer, template)
+        _chat(answer, tokenizer, template, picture)
         return
     answers: list[str] = []
     for start in range(0, len(asked), batch_size):
         filled = [
-            _fill(template, [{"role": "user", "content": text}], tokenizer)
+            _fill(template, [{"role": "user", "content": picture + text}], tokenizer)
             for text in asked[start : start + batch_size]
         ]
         answers += answer(filled)
@@ -113,19 +124,31 @@ def load_finished(model: str, base: str | None = None) -> tuple[PreTrainedModel,
     Raises:
         ValueError: the checkpoint is none of an adapter, or a base was given beside a whole model.
     """
+    network, tokenizer, _ = _load(model, base)
+    return network, tokenizer
+
+
+def _load(model: str, base: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Any]:
+    """Model, tokenizer, and the processor of a model that reads images."""
+    processor: Any = None
     if model.endswith(".ckpt"):
-        read_adapter_checkpoint(model)  # a clear error for a file that is none
+        reads_images = read_adapter_checkpoint(model).backbone == DoRALlava.__name__
         override: dict[str, Any] = {} if base is None else {"model_name_or_path": base}
-        backbone = DoRALlama.load_from_checkpoint(model, map_location="cpu", weights_only=True, **override)
+        kind = DoRALlava if reads_images else DoRALlama
+        backbone = kind.load_from_checkpoint(model, map_location="cpu", weights_only=True, **override)
         network, tokenizer = backbone.language_model, backbone.tokenizer
+        processor = backbone.processor if isinstance(backbone, DoRALlava) else None
         merge_adapters(network, unload=True)
     elif base is not None:
         raise ValueError("base belongs to an adapter checkpoint (.ckpt); this model is loaded as it is")
+    elif reads_images_too(model):
+        processor = load_processor(model)
+        network, tokenizer = load_vision_language_model(model), processor.tokenizer
     else:
         network, tokenizer = load_causal_lm(model), load_tokenizer(model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cast(nn.Module, network).eval().to(device)
-    return network, tokenizer
+    return network, tokenizer, processor
 
 
 def _read_prompts(path: Path) -> list[str]:
@@ -155,7 +178,9 @@ def _fill(template: str, messages: list[dict[str, str]], tokenizer: PreTrainedTo
     return text if template == NONE else template.replace("{prompt}", text)
 
 
-def _chat(answer: Callable[[Sequence[str]], list[str]], tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+def _chat(
+    answer: Callable[[Sequence[str]], list[str]], tokenizer: PreTrainedTokenizerBase, template: str, picture: str
+) -> None:
     """Read a line, answer it; with a chat template the conversation so far is part of each question."""
     console = Console()
     console.print("Type a message; an empty line or Ctrl-D ends.", style="dim")
@@ -167,7 +192,7 @@ def _chat(answer: Callable[[Sequence[str]], list[str]], tokenizer: PreTrainedTok
             return
         if not text.strip():
             return
-        messages.append({"role": "user", "content": text})
+        messages.append({"role": "user", "content": text if messages else picture + text})
         reply = answer([_fill(template, messages, tokenizer)])[0].strip()
         console.print(reply, markup=False, emoji=False, highlight=False, soft_wrap=True)
         messages.append({"role": "assistant", "content": reply})

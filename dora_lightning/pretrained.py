@@ -139,6 +139,19 @@ def load_causal_lm(
         raise not_loaded(name, "model", error) from error
 
 
+def reads_images_too(name: str) -> bool:
+    """Whether a folder or hub id is of a model that reads images and text.
+
+    Raises:
+        OSError: its config could not be loaded.
+    """
+    try:
+        config = AutoConfig.from_pretrained(resolve_pretrained(name))
+    except OSError as error:
+        raise not_loaded(name, "model", error) from error
+    return hasattr(config, "vision_config")
+
+
 def load_vision_language_model(
     name: str, dtype: str = "auto", attn_implementation: str | None = None
 ) -> PreTrainedModel:

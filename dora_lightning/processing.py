@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import AutoProcessor, ProcessorMixin
+from torch import Tensor
+from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
+from dora_lightning.images import open_image, pad_to_square
 from dora_lightning.llava_parts import LlavaParts, resolve_llava
 from dora_lightning.pretrained import give_padding_token, not_loaded
 
@@ -45,3 +47,27 @@ def image_token_counts(processor: Any, sizes: Sequence[tuple[int, int]]) -> list
         return []
     heights_first = [(height, width) for width, height in sizes]
     return list(processor._get_num_multimodal_tokens(image_sizes=heights_first)["num_image_tokens"])
+
+
+def vision_sizes(vision: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+    """``(width, height)`` of each image that a processor has read, which keeps them where a model takes any size."""
+    if not vision:
+        return []
+    if "image_sizes" in vision:
+        return [(int(width), int(height)) for height, width in vision["image_sizes"]]
+    height, width = vision["pixel_values"].shape[-2:]
+    return [(width, height)] * len(vision["pixel_values"])
+
+
+def image_inputs(processor: Any, source: Any) -> BatchFeature:
+    """What the model reads of one image, squared first unless the model takes any shape, as LLaVA-1.5 and NeXT do.
+
+    Args:
+        processor: as :func:`load_processor` gives it.
+        source: see :mod:`dora_lightning.images`.
+    """
+    image = open_image(source)
+    if not hasattr(processor.image_processor, "image_grid_pinpoints"):
+        red, green, blue = (int(255 * mean) for mean in processor.image_processor.image_mean)
+        image = pad_to_square(image, (red, green, blue))
+    return processor.image_processor(images=[image], return_tensors="pt")

@@ -104,9 +104,9 @@ def test_a_chat_remembers(
     seen: list[str] = []
     generate_texts = offline.generate_texts
 
-    def note(model: Any, tokenizer: Any, prompts: list[str], **options: Any) -> list[str]:
+    def note(model: Any, tokenizer: Any, prompts: list[str], vision: Any, **options: Any) -> list[str]:
         seen.extend(prompts)
-        return generate_texts(model, tokenizer, prompts, **options)
+        return generate_texts(model, tokenizer, prompts, vision, **options)
 
     monkeypatch.setattr(offline, "generate_texts", note)
     capsys.readouterr()

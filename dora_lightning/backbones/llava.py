@@ -27,7 +27,7 @@ from dora_lightning.backbones.vision_alignment import QuestionedImages, VisionAl
 from dora_lightning.images import IMAGE
 from dora_lightning.llava_parts import LlavaParts, resolve_llava
 from dora_lightning.pretrained import load_vision_language_model
-from dora_lightning.processing import image_token_counts, load_processor
+from dora_lightning.processing import image_token_counts, load_processor, vision_sizes
 from dora_lightning.task import Task
 
 Training = Literal["frozen", "full", "adapted"]
@@ -214,22 +214,12 @@ class DoRALlava(Backbone):
 
     def _expanded(self, prompts: Sequence[str], vision: Mapping[str, Tensor] | None) -> list[str]:
         """The prompts with an image token for every position that an image takes."""
-        counts = image_token_counts(self.processor, _sizes(vision or {}))
+        counts = image_token_counts(self.processor, vision_sizes(vision or {}))
         places = sum(prompt.count(IMAGE) for prompt in prompts)
         if places != len(counts):
             raise ValueError(f"the prompts have {places} {IMAGE} and there are {len(counts)} images")
         remaining = iter(counts)
         return [re.sub(IMAGE, lambda _: self.processor.image_token * next(remaining), prompt) for prompt in prompts]
-
-
-def _sizes(vision: Mapping[str, Tensor]) -> list[tuple[int, int]]:
-    """Width and height of each image; where the model takes any size the processor has kept them."""
-    if not vision:
-        return []
-    if "image_sizes" in vision:
-        return [(int(width), int(height)) for height, width in vision["image_sizes"]]
-    height, width = vision["pixel_values"].shape[-2:]
-    return [(width, height)] * len(vision["pixel_values"])
 
 
 def _part(model: PreTrainedModel, names: Sequence[str]) -> str:

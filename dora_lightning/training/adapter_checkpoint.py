@@ -32,11 +32,13 @@ class AdapterCheckpoint:
         config: how the adapter was injected.
         base: identity of the base model, see :mod:`dora_lightning.training.base_identity`.
         tensors: name inside the adapted model -> trained tensor.
+        backbone: name of the LightningModule's class.
     """
 
     config: AdapterConfig
     base: dict[str, Any]
     tensors: dict[str, Tensor]
+    backbone: str = ""
 
 
 def write_adapter_entry(
@@ -52,6 +54,7 @@ def write_adapter_entry(
         "adapter": config.to_dict(),
         "base": base,
         "prefix": prefix,
+        "backbone": type(module).__name__,
     }
 
 
@@ -109,7 +112,8 @@ def read_adapter_checkpoint(path: str | Path) -> AdapterCheckpoint:
     entry = _entry(checkpoint, str(path))
     prefix = entry["prefix"]
     tensors = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    return AdapterCheckpoint(AdapterConfig(**entry["adapter"]), entry["base"], tensors)
+    # one that was written before there were several says nothing
+    return AdapterCheckpoint(AdapterConfig(**entry["adapter"]), entry["base"], tensors, entry.get("backbone", ""))
 
 
 def frozen_names(module: nn.Module) -> set[str]:
