@@ -89,7 +89,7 @@ def answer_questions(
     A row is ``{"question_id", "answer_id", "model_id", "choices": [{"index": 0, "turns": [...]}], "tstamp"}`` as in
     FastChat's ``model_answer/{model_id}.jsonl``, and ``settings`` with how it was made. Questions are asked at their
     category's temperature, in batches of one temperature; every batch draws from the same seed, so that a run that
-    goes on gives the answers of one that was never stopped.
+    goes on with the same batch size gives the answers of one that was never stopped.
 
     Args:
         questions: what is asked, by number.
@@ -113,7 +113,7 @@ def answer_questions(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     file = Path(file)
-    settings = {"template": template, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
+    settings = {"template": template, "max_new_tokens": max_new_tokens, "seed": seed}
     rows = read_answers(file) if file.is_file() else {}
     _check_rows(rows, file, {"model_id": model_id, "settings": settings})
     asked = 0

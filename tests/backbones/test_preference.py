@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from datamodules import IGNORE, PreferenceDataModule
 from dora_lightning import AdapterConfig
-from dora_lightning.backbones import DoRALlamaDPO
+from dora_lightning.backbones import DoRALlama, DoRALlamaDPO
 
 BETA = 0.3
 
@@ -154,6 +154,9 @@ def test_a_checkpoint_brings_beta_and_the_adapter_back(
     trainer.save_checkpoint(tmp_path / "dpo.ckpt")
     loaded = DoRALlamaDPO.load_from_checkpoint(tmp_path / "dpo.ckpt", weights_only=True)
     assert loaded.beta == BETA
+    # what merges and talks to a finished model knows nothing of preferences
+    plain = DoRALlama.load_from_checkpoint(tmp_path / "dpo.ckpt", weights_only=True)
+    assert plain.generate(["is it"], max_new_tokens=6) == module.eval().generate(["is it"], max_new_tokens=6)
     batch = next(iter(data.val_dataloader()))
     with torch.no_grad():
         assert torch.equal(loaded.eval().scores(batch).margin, module.eval().scores(batch).margin)
@@ -169,3 +172,25 @@ def test_what_leaves_no_reference_or_no_pairs_is_refused(tiny_llama: Path, data:
     batch = next(iter(data.train_dataloader()))
     with pytest.raises(ValueError, match="expected two sequences for each of 4 samples"):
         module.loss({name: value[:4] for name, value in batch.items()})
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork.*|.*multi-threaded.*")
+@pytest.mark.filterwarnings("ignore:It is recommended to use .*sync_dist=True")  # the metrics are synchronised already
+def test_two_processes_follow_one(tiny_llama: Path, tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    rows = [{"prompt": f"is it {n}?", "chosen": f" it is {n}", "rejected": f" no {n}"} for n in range(16)]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    results = []
+    for batch_size, options in ((4, {}), (2, {"strategy": "ddp_fork", "devices": 2})):
+        data = PreferenceDataModule(
+            str(tiny_llama),
+            str(tmp_path / "pairs.json"),
+            val_file=str(tmp_path / "pairs.json"),
+            template="none",
+            batch_size=batch_size,
+        )
+        trainer = make_trainer(max_epochs=2, log_every_n_steps=1, **options)
+        trainer.fit(make(tiny_llama, lr=0.003), datamodule=data)
+        results.append({name: float(value) for name, value in trainer.callback_metrics.items() if "val/" in name})
+    assert results[0].keys() == results[1].keys()
+    assert results[1] == pytest.approx(results[0], abs=1e-4)
+    assert results[0]["val/margin"] > 0.1
