@@ -105,15 +105,16 @@ def mt_bench_judge(
     _say(f"Judgments: {file} ({judged} turns judged now)")
 
 
-def mt_bench_scores(judgments: list[str], questions: str | None = None, output: str | None = None) -> None:
+def mt_bench_scores(judgments: list[str] | str, questions: str | None = None, output: str | None = None) -> None:
     """Print the scores in FastChat's judgment files: per turn, their mean, and per category.
 
     Args:
-        judgments: files of judgments, such as model_judgment/gpt-4_single.jsonl.
+        judgments: file of judgments, such as model_judgment/gpt-4_single.jsonl, or a list of files, [a.jsonl, b.jsonl].
         questions: FastChat's question.jsonl, for the scores per category.
         output: JSON file to write the scores to as well.
     """
-    results = scores(read_judgments(judgments), read_questions(questions) if questions else ())
+    files = [judgments] if isinstance(judgments, str) else judgments
+    results = scores(read_judgments(files), read_questions(questions) if questions else ())
     Console().print(score_table(results))
     if output is not None:
         write_text_atomically(Path(output), json.dumps([result._asdict() for result in results], indent=2) + "\n")

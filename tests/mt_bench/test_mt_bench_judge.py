@@ -309,7 +309,9 @@ def test_the_verbs(
     file = tmp_path / "model_judgment" / "org_gpt-fake_single.jsonl"
     assert len(read_lines_of(file)) == 12
     capsys.readouterr()
-    run_cli("mt-bench-scores", json.dumps([str(file)]), "--questions", questions, "--output", tmp_path / "scores.json")
+    run_cli("mt-bench-scores", file)
+    assert "turn 2" in capsys.readouterr().out
+    run_cli("mt-bench-scores", f"[{file}, {file}]", "--questions", questions, "--output", tmp_path / "scores.json")
     printed = capsys.readouterr().out
     assert "tiny" in printed
     assert "8.00" in printed
