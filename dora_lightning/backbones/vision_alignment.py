@@ -73,8 +73,15 @@ class QuestionedImages:
     answers: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     def add(self, batch: dict[str, Any], image_token: int) -> None:
-        """Add the conversations of a batch that are about one image."""
-        pixels = iter(batch.get("vision", {}).get("pixel_values", ()))
+        """Add the conversations of a batch that are about one image.
+
+        Raises:
+            ValueError: the model takes more of an image than its pixels.
+        """
+        vision = batch.get("vision", {})
+        if more := sorted(vision.keys() - {"pixel_values"}):
+            raise ValueError(f"vision_alignment is for models that read pixel_values alone; this one reads {more[0]} too")
+        pixels = iter(vision.get("pixel_values", ()))
         # what the rows of several questions share is no part of a question
         shared = batch["turns"] == 0 if "turns" in batch else torch.zeros_like(batch["input_ids"], dtype=torch.bool)
         left_out = shared | (batch["input_ids"] == image_token)
