@@ -412,7 +412,7 @@ def two_processes(make_llama: MakeLlama, tmp_path_factory: pytest.TempPathFactor
         },
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
