@@ -66,9 +66,25 @@ def adapted_norm(
             cross = weight @ A.T  # [out, rank]
         else:
             cross = torch.cat([rows.to(A.dtype) @ A.T for rows in _split_rows(weight)])
-        norm_sq = base_norm_sq + scaling * (B * (2 * cross + scaling * (B @ (A @ A.T)))).sum(dim=1)
-        # rounding can leave a tiny negative number where W + s B A cancels
-        return norm_sq.clamp(min=NORM_EPS**2).sqrt()
+        return _norm_of_update(cross, A, B, scaling, base_norm_sq)
+
+
+def adapted_norm_from_product(
+    cross: Float[Tensor, "out rank"],
+    lora_A: Float[Tensor, "rank in"],
+    lora_B: Float[Tensor, "out rank"],
+    scaling: float,
+    base_norm_sq: Float[Tensor, " out"],
+) -> Float[Tensor, " out"]:
+    """:func:`adapted_norm` where ``cross``, ``W A^T``, is all that can be had of the weight."""
+    with _no_autocast(cross.device.type):
+        return _norm_of_update(cross, _wide(lora_A), _wide(lora_B), scaling, base_norm_sq)
+
+
+def _norm_of_update(cross: Tensor, A: Tensor, B: Tensor, scaling: float, base_norm_sq: Tensor) -> Tensor:
+    norm_sq = base_norm_sq + scaling * (B * (2 * cross + scaling * (B @ (A @ A.T)))).sum(dim=1)
+    # rounding can leave a tiny negative number where W + s B A cancels
+    return norm_sq.clamp(min=NORM_EPS**2).sqrt()
 
 
 def gain(magnitude: Float[Tensor, " features"], norm: Float[Tensor, " features"]) -> Float[Tensor, " features"]:
@@ -111,6 +127,23 @@ def adapter_linear(
         x_dropped = None if x_dropped is None else x_dropped.to(dtype)
     with _no_autocast(device):
         return _AdapterLinear.apply(x, x_dropped, weight, bias, lora_A, lora_B, scaling, gain)
+
+
+def adapt_product(
+    z: Float[Tensor, "*batch out"],
+    x: Float[Tensor, "*batch in"],
+    bias: Float[Tensor, " out"] | None = None,
+    lora_A: Float[Tensor, "rank in"] | None = None,
+    lora_B: Float[Tensor, "out rank"] | None = None,
+    scaling: float = 1.0,
+    gain: Float[Tensor, " out"] | None = None,
+) -> Float[Tensor, "*batch out"]:
+    """``g * (z + s B A x) + bias`` as one autograd function, for a ``z = W x`` that another kernel gives.
+
+    ``z`` is overwritten: its backward pass must not need it. The rest is as in :func:`adapter_linear`.
+    """
+    with _no_autocast(z.device.type):
+        return _AdaptProduct.apply(z, x, bias, lora_A, lora_B, scaling, gain)
 
 
 def merge_weight(
@@ -214,6 +247,60 @@ class _AdapterLinear(torch.autograd.Function):
                 elif needs_x and x_dropped is None and dx is not None:
                     _flat(dx).addmm_(dh, lora_A.to(dy.dtype))
         return dx, dx_dropped, dweight, dbias, dA, dB, None, dgain
+
+
+class _AdaptProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        scaling: float,
+        gain: Tensor | None,
+    ) -> Tensor:
+        # not marked dirty: what is returned is another tensor, and nobody asks for the gradient at the new z
+        z = z.contiguous()
+        h = None
+        if lora_A is not None and lora_B is not None:
+            h = F.linear(x.to(z.dtype), lora_A.to(z.dtype))
+            _flat(z).addmm_(_flat(h), lora_B.to(z.dtype).T, alpha=scaling)
+        y = z.clone() if gain is None else _scale(z, gain, out=torch.empty_like(z))
+        if bias is not None:
+            y.add_(bias)
+        kept_x = x if h is not None else None
+        ctx.save_for_backward(kept_x, h, z if ctx.needs_input_grad[6] else None, lora_A, lora_B, gain)
+        ctx.scaling = scaling
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, z, lora_A, lora_B, gain = ctx.saved_tensors
+        s: float = ctx.scaling
+        needs_z, needs_x, needs_bias, needs_A, needs_B, _, needs_gain = ctx.needs_input_grad
+        dz = dx = dbias = dA = dB = dgain = None
+
+        flat_dy = _flat(dy)
+        if needs_bias:
+            dbias = flat_dy.sum(dim=0, dtype=_wide_dtype(dy.dtype)).to(ctx.bias_dtype)
+        if needs_gain:
+            dgain = _sum_of_products(flat_dy, _flat(z)).to(gain.dtype)
+        if h is not None:
+            scale = s if gain is None else (s * gain)[:, None]
+            if needs_B:
+                dB = (scale * (flat_dy.T @ _flat(h))).to(lora_B.dtype)
+            dh = flat_dy @ (scale * _wide(lora_B)).to(dy.dtype)  # [tokens, rank]
+            if needs_A:
+                dA = (dh.T @ _flat(x).to(dh.dtype)).to(lora_A.dtype)
+            if needs_x:
+                dx = (dh @ lora_A.to(dy.dtype)).view(x.shape).to(x.dtype)
+        if needs_z:
+            dz = dy if gain is None else _scale(dy, gain, out=torch.empty_like(dy))
+        return dz, dx, dbias, dA, dB, None, dgain
 
 
 def _sum_of_products(a: Float[Tensor, "tokens out"], b: Float[Tensor, "tokens out"]) -> Float[Tensor, " out"]:

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from dora_lightning.adapters.config import AdapterConfig, by_pattern
 from dora_lightning.adapters.layers import AdapterLayer, DoRALinear, LoRALinear, MagnitudeLinear
 from dora_lightning.adapters.operators import is_linear, operator_of
+from dora_lightning.adapters.quantized import is_quantized, keep_packing
 from dora_lightning.adapters.vera import DVoRALinear, VeRALinear
 
 ALL_LINEAR = "all-linear"
@@ -52,10 +54,12 @@ def inject_adapters(model: nn.Module, config: AdapterConfig) -> nn.Module:
         raise ValueError("the model already has adapters of another config; load it anew to inject different ones")
 
     methods = find_targets(model, config)
+    _check_full_can_train(model, methods)
     config = replace(copy.deepcopy(config), resolved=_resolved(model, methods))
     _check_patterns_are_used(config, methods)
     trained = {name for name, method in methods.items() if method == "full"}
     _check_untied(model, trained)
+    keep_packing(model)
     # all are made before the first is put in place: if one fails (out of memory), the model is as it was
     layers = {
         name: _adapter_layer(model.get_submodule(name), method, config, name)
@@ -67,6 +71,7 @@ def inject_adapters(model: nn.Module, config: AdapterConfig) -> nn.Module:
         model.get_submodule(name).requires_grad_(True)
     for name, layer in layers.items():
         layer.base_layer.requires_grad_(False)
+        layer.merged_dtype = _dtype_of(model)
         _put(model, name, layer)
     _leave_fused_paths(model)
     model.adapter_config = config  # type: ignore[assignment]  # nn.Module's setattr is typed for tensors and modules
@@ -98,7 +103,9 @@ def restrict_to_magnitude(model: nn.Module, patterns: str | list[str]) -> list[s
         if not isinstance(layer, MagnitudeLinear):
             base_layer = layer.base_layer if isinstance(layer, AdapterLayer) else layer
             base_layer.requires_grad_(False)
-            _put(model, name, _adapter_layer(base_layer, "magnitude", config, name))
+            restricted = _adapter_layer(base_layer, "magnitude", config, name)
+            restricted.merged_dtype = _dtype_of(model)
+            _put(model, name, restricted)
     _leave_fused_paths(model)
     config = config if present is None else replace(present, magnitude_only_modules=names)
     # VeRA's pair stays what it was, though the widest of its modules may be among those that left it
@@ -167,6 +174,23 @@ def _adapter_layer(base_layer: nn.Module, method: str, config: AdapterConfig, na
     except ValueError as error:
         raise ValueError(f"{name}, a {type(base_layer).__name__}: {error}") from error
     return layer.train(base_layer.training)
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """What a model with quantised weights computes with: the dtype of those that are not."""
+    adapters = {id(p) for _, layer in adapter_layers(model) for p in layer.parameters(recurse=False)}
+    for module in model.modules():
+        if not isinstance(module, AdapterLayer) and not is_quantized(module):
+            for parameter in module.parameters(recurse=False):
+                if parameter.is_floating_point() and id(parameter) not in adapters:
+                    return parameter.dtype
+    return torch.float32
+
+
+def _check_full_can_train(model: nn.Module, methods: dict[str, str]) -> None:
+    for name, method in methods.items():
+        if method == "full" and any(is_quantized(module) for module in model.get_submodule(name).modules()):
+            raise ValueError(f"{name}: method='full' trains the weight itself; quantised ones cannot train")
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -15,13 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dora_lightning.adapters import functional
+from dora_lightning.adapters import functional, quantized
 from dora_lightning.adapters.config import AdapterConfig
 from dora_lightning.adapters.initialization import draws_from_weight, start_low_rank
 from dora_lightning.adapters.norm_cache import NormCache
 from dora_lightning.adapters.operators import (
     Operator,
-    as_matrix,
     as_stored,
     is_linear,
     is_lookup,
@@ -53,12 +52,14 @@ class AdapterLayer(nn.Module):
         assert operator is not None  # find_targets has checked
         self.base_layer: Any = base_layer
         self.operator: Operator = operator
+        self.merged_dtype = torch.float32
+        """Of the merged weight of a quantised layer, which does not say what the model computes with."""
         for attribute in operator.attributes:
             # not by __getattr__, which every access to a parameter would pass through
             setattr(self, attribute, getattr(base_layer, attribute))
         self.disabled = False
-        # the parameter that merging replaced, kept out of parameters() and state_dict()
-        self._unmerged: tuple[Tensor, ...] = ()
+        # the parameter, or the quantised layer, that merging replaced; out of parameters() and state_dict()
+        self._unmerged: tuple[Tensor | nn.Module, ...] = ()
 
     @property
     def weight(self) -> Tensor:
@@ -82,8 +83,13 @@ class AdapterLayer(nn.Module):
 
     @property
     def matrix(self) -> Tensor:
-        """``W [out, in]``, in the memory of the base's weight."""
-        return as_matrix(self.base_layer.weight, self.operator.transposed)
+        """``W [out, in]``, in the memory of the base's weight; of a quantised one, a copy in fp32."""
+        return self.operator.matrix(self.base_layer)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the base layer's weight is packed."""
+        return quantized.is_quantized(self.base_layer)
 
     @property
     def merged(self) -> bool:
@@ -91,7 +97,10 @@ class AdapterLayer(nn.Module):
         return bool(self._unmerged)
 
     def merged_weight(self) -> Tensor:
-        """The weight of the plain layer that computes the same, as a new tensor in the base's shape and dtype."""
+        """The weight of the plain layer that computes the same, as a new tensor in the base's shape and dtype.
+
+        Of a quantised base in :attr:`merged_dtype`, made from the dequantised weight: that is what was trained on.
+        """
         raise NotImplementedError
 
     def merge(self) -> None:
@@ -100,16 +109,24 @@ class AdapterLayer(nn.Module):
             self.put_weight(nn.Parameter(self.merged_weight(), requires_grad=False))
 
     def unmerge(self) -> None:
-        """Put the original weight back: the very parameter, hence bit for bit."""
+        """Put the original weight back: the very parameter or layer, hence bit for bit."""
         if self.merged:
-            (self.base_layer.weight,) = self._unmerged
+            (original,) = self._unmerged
+            if isinstance(original, nn.Module):
+                self.base_layer = original
+            else:
+                self.base_layer.weight = original
             self._unmerged = ()
 
     def put_weight(self, merged: nn.Parameter) -> None:
         """Have the base layer hold a merged weight, keeping the original for :meth:`unmerge`."""
-        original = self.base_layer.weight
-        self.base_layer.weight = merged
-        self._unmerged = (original,)
+        base = self.base_layer
+        if self.quantized:
+            self._unmerged = (base,)
+            self.base_layer = quantized.plain_linear(base, merged)
+        else:
+            self._unmerged = (base.weight,)
+            base.weight = merged
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in]`` to ``[..., out]``, or what the base layer takes to what it gives."""
@@ -127,6 +144,8 @@ class AdapterLayer(nn.Module):
     def _merged_weight(self, *args: Any, **options: Any) -> Tensor:
         with torch.no_grad():
             merged = functional.merge_weight(self.matrix, *args, **options)
+            if self.quantized:
+                return merged.to(self.merged_dtype)
             return as_stored(merged, self.weight, self.operator.transposed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -139,7 +158,10 @@ class AdapterLayer(nn.Module):
                 tensor.data = data.to(tensor.device)
                 tensor.grad = None if grad is None else grad.to(tensor.device)
         for original in self._unmerged:
-            original.data = fn(original.data)
+            if isinstance(original, nn.Module):
+                original._apply(fn)
+            else:
+                original.data = fn(original.data)
         return self
 
 
@@ -204,15 +226,20 @@ class LoRALinear(AdapterLayer):
         if not draws_from_weight(self.init):
             self.init_A = self.init_B = None
             return
+        if self.quantized:
+            raise ValueError(
+                f"init={self.init!r} starts from the weight's singular vectors or QR decomposition, and is made for a "
+                "weight that is not quantised; choose kaiming, gaussian or orthogonal"
+            )
         if self.rank > min(rows, columns):
             raise ValueError(f"init={self.init!r} needs a rank of at most {min(rows, columns)}, got {self.rank}")
         self.register_buffer("init_A", torch.empty_like(self.lora_A, requires_grad=False))
         self.register_buffer("init_B", torch.empty_like(self.lora_B, requires_grad=False))
 
     def _reset_low_rank(self) -> None:
-        start_low_rank(
-            self.lora_A, self.lora_B, self.init, self.matrix, self.scaling, lookup=is_lookup(self.base_layer)
-        )
+        # the matrix of a packed weight would be made for nothing
+        weight = self.matrix if draws_from_weight(self.init) else self.weight
+        start_low_rank(self.lora_A, self.lora_B, self.init, weight, self.scaling, lookup=is_lookup(self.base_layer))
         if self.init_A is not None and self.init_B is not None:
             self.init_A.copy_(self.lora_A.detach())
             self.init_B.copy_(self.lora_B.detach())
@@ -270,7 +297,7 @@ class DoRALinear(LoRALinear):
         """Norm of ``W + s B A``, kept until something changes; differentiable with ``detach_norm=False``."""
         if not self.detach_norm and torch.is_grad_enabled():
             return self._compute_norm()
-        return self._norm.get(self._compute_norm, large=[self.weight], small=self._watched())
+        return self._norm.get(self._compute_norm, large=self.operator.watched(self.base_layer), small=self._watched())
 
     def merged_weight(self) -> Tensor:
         """``g (W + s B A)``."""
@@ -286,11 +313,20 @@ class DoRALinear(LoRALinear):
         return (self.matrix, A, B) if self.norm_axis == "out" else (self.matrix.T, B.T, A.T)
 
     def _compute_norm(self) -> Tensor:
+        if self.quantized:
+            return self._quantized_norm()
         weight, A, B = self._per_feature()
         if self.weight.requires_grad and torch.is_grad_enabled():
             return functional.adapted_norm(weight, A, B, self.scaling, functional.weight_norm_sq(weight))
         base = self._base_norm_sq.get(lambda: functional.weight_norm_sq(weight), large=[self.weight], small=[])
         return functional.adapted_norm(weight, A, B, self.scaling, base)
+
+    def _quantized_norm(self) -> Tensor:
+        base_layer, (A, B) = self.base_layer, self.low_rank()
+        packed = self.operator.watched(base_layer)
+        base = self._base_norm_sq.get(lambda: quantized.norm_sq(base_layer), large=packed, small=[])
+        cross = quantized.products_with_rows(base_layer, A)
+        return functional.adapted_norm_from_product(cross, A, B, self.scaling, base)
 
     def _adapted(self, x: Tensor) -> Tensor:
         gain = functional.gain(self.magnitude, self.norm())
@@ -328,13 +364,15 @@ class MagnitudeLinear(AdapterLayer):
 
     def norm(self) -> Tensor:
         """Norm of ``W``, computed once."""
-        return self._norm.get(self._compute_norm, large=[self.weight], small=[])
+        return self._norm.get(self._compute_norm, large=self.operator.watched(self.base_layer), small=[])
 
     def merged_weight(self) -> Tensor:
         """``g W``."""
         return self._merged_weight(magnitude=self.magnitude, norm_axis=self.norm_axis)
 
     def _compute_norm(self) -> Tensor:
+        if self.quantized:
+            return quantized.norm_sq(self.base_layer).sqrt().clamp(min=functional.NORM_EPS)
         return functional.weight_norm_sq(self.matrix if self.norm_axis == "out" else self.matrix.T).sqrt()
 
     def _adapted(self, x: Tensor) -> Tensor:
@@ -355,6 +393,8 @@ def _empty_magnitude(layer: AdapterLayer, config: AdapterConfig) -> nn.Parameter
         raise ValueError(
             f"norm_axis='in' scales the inputs of a linear layer; the columns of {kind} are no such inputs"
         )
+    if config.norm_axis == "in" and layer.quantized:
+        raise ValueError("norm_axis='in' is not there for quantised weights, whose scales go by rows; use 'out'")
     features = layer.out_features if config.norm_axis == "out" else layer.in_features
     return nn.Parameter(torch.empty(features, **wide_like(layer.weight)))
 

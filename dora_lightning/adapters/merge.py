@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from dora_lightning.adapters.config import AdapterConfig
 from dora_lightning.adapters.inject import adapter_layers
+from dora_lightning.adapters.quantized import dequantized, is_quantized, plain_linear
 
 
 def merge_adapters(model: nn.Module, unload: bool = False) -> nn.Module:
@@ -21,6 +23,10 @@ def merge_adapters(model: nn.Module, unload: bool = False) -> nn.Module:
     on; ``unload`` sets ``tie_word_embeddings`` of the model's config to false then. A model whose modules were trained
     in full (``method="full"``) is as it should be already.
 
+    The base of an adapter on quantised weights is the dequantised weight, not the one before quantisation: it is what
+    the adapter was trained on. The merged weight is in the dtype of the model's other weights; ``unload`` dequantises
+    the remaining quantised layers too, and the model is a plain one.
+
     To merge a model that does not fit in memory twice, stream it:
     :func:`dora_lightning.training.merging.merge_to_folder`.
 
@@ -30,8 +36,10 @@ def merge_adapters(model: nn.Module, unload: bool = False) -> nn.Module:
     Raises:
         ValueError: the model has no adapters.
     """
+    dtype = torch.float32
     for name, layer in _layers_of(model):
         layer.merge()
+        dtype = layer.merged_dtype
         if unload:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)
@@ -40,6 +48,7 @@ def merge_adapters(model: nn.Module, unload: bool = False) -> nn.Module:
         own: Any = getattr(model, "config", None)
         if config.resolved.get("tied") and own is not None:
             own.tie_word_embeddings = False
+        _leave_quantization(model, dtype)
         del model.adapter_config
     return model
 
@@ -88,6 +97,18 @@ def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
             layer.disabled = disabled
             if merged is not None and not layer.merged:
                 layer.put_weight(merged)
+
+
+def _leave_quantization(model: nn.Module, dtype: torch.dtype) -> None:
+    """Plain layers for the quantised ones that had no adapter, and no word of it in what transformers saves."""
+    for name, module in list(model.named_modules()):
+        if is_quantized(module):
+            parent, _, child = name.rpartition(".")
+            plain = plain_linear(module, dequantized(module).to(dtype))
+            setattr(model.get_submodule(parent), child, plain)
+    if getattr(model, "hf_quantizer", None) is not None:
+        unquantized: Any = model
+        unquantized.hf_quantizer.remove_quantization_config(unquantized)
 
 
 def _trained_in_full(model: nn.Module) -> bool:

@@ -8,6 +8,7 @@ how it applies it and the low-rank factors ``A [rank, in]`` and ``B [out, rank /
     Conv1D of transformers   [in, out]                     transposed                      last dimension
     nn.Conv1d, 2d, 3d        [out, in / groups, *kernel]   [out, in / groups * kernel]     channels
     nn.Embedding             [tokens, dimension]           [dimension, tokens]             last dimension
+    a quantised nn.Linear    packed                        dequantised                     last dimension
 
 An embedding is the product with a one-hot vector, so it has one magnitude per dimension, as in PEFT. In a convolution
 with groups, ``A`` and ``B`` have the same groups: the update can be merged.
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from dora_lightning.adapters import functional
+from dora_lightning.adapters import functional, quantized
 
 _CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
@@ -37,6 +38,14 @@ class Operator:
     def features(self, base_layer: Any) -> tuple[int, int]:
         """Rows and columns of ``W``, from attributes alone: the weight may be packed."""
         raise NotImplementedError
+
+    def matrix(self, base_layer: Any) -> Tensor:
+        """``W [out, in]``: in the memory of the base's weight, or a copy in fp32 where that is packed."""
+        return as_matrix(base_layer.weight, self.transposed)
+
+    def watched(self, base_layer: Any) -> list[Tensor]:
+        """The tensors that ``W`` is stored in."""
+        return [base_layer.weight]
 
     def groups(self, base_layer: Any) -> int:
         """Groups of channels; 1 for all but convolutions."""
@@ -98,6 +107,34 @@ class _Linear(Operator):
 
     def adapted(self, base_layer: Any, x: Tensor, bias: Tensor | None, *args: Any, **options: Any) -> Tensor:
         return functional.adapter_linear(x, as_matrix(base_layer.weight, self.transposed), bias, *args, **options)
+
+
+class _QuantizedLinear(_Linear):
+    def matrix(self, base_layer: Any) -> Tensor:
+        return quantized.dequantized(base_layer)
+
+    def watched(self, base_layer: Any) -> list[Tensor]:
+        return quantized.packed_tensors(base_layer)
+
+    def product(self, base_layer: Any, x: Tensor) -> Tensor:
+        return quantized.product(base_layer, x)
+
+    def adapted(
+        self,
+        base_layer: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor | None = None,
+        lora_B: Tensor | None = None,
+        scaling: float = 1.0,
+        gain: Tensor | None = None,
+        x_dropped: Tensor | None = None,
+    ) -> Tensor:
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        z = self.product(base_layer, x)
+        return functional.adapt_product(z, x if x_dropped is None else x_dropped, bias, lora_A, lora_B, scaling, gain)
 
 
 class _TransposedLinear(_Linear):
@@ -170,13 +207,14 @@ class _Embedding(Operator):
 
 
 _LINEAR, _TRANSPOSED_LINEAR, _CONVOLUTION, _EMBEDDING = _Linear(), _TransposedLinear(), _Convolution(), _Embedding()
+_QUANTIZED_LINEAR = _QuantizedLinear()
 
 
 def operator_of(module: nn.Module) -> Operator | None:
     """How ``module`` is adapted; ``None`` if it cannot be."""
     # nn.MultiheadAttention reads the weight of its out_proj and never calls it: an adapter there would train nothing
     if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear):
-        return _LINEAR
+        return _QUANTIZED_LINEAR if quantized.is_quantized(module) else _LINEAR
     if is_transposed_linear(module):
         return _TRANSPOSED_LINEAR
     if isinstance(module, tuple(_CONVOLUTIONS)):
