@@ -126,15 +126,15 @@ def test_a_norm_is_never_stale(method: str, kind: str, options: dict[str, Any]) 
 PEFT_CASES = [
     *((method, kind, "kaiming") for kind in [*PLAIN, "Embedding padding"] for method in LOW_RANK),
     *(("vera", kind, "kaiming") for kind in ("Linear", "Conv1D")),
-    *((method, kind, init) for kind in ("Linear", "Conv1D") for method in LOW_RANK for init in ("pissa", "olora")),
+    # OLoRA of a Conv1D fails in PEFT, which factors the weight as it is stored, with in and out exchanged
+    *((method, kind, "pissa") for kind in ("Linear", "Conv1D") for method in LOW_RANK),
+    *((method, "Linear", "olora") for method in LOW_RANK),
 ]
 
 
 @pytest.mark.parametrize(("method", "kind", "init"), PEFT_CASES)
 def test_peft(method: str, kind: str, init: str) -> None:
     layer, x = adapted(kind, method, **({} if init == "kaiming" else {"init": init}))
-    if init == "olora" and kind == "Conv1D":
-        pytest.skip("PEFT factors the weight as it is stored, with in and out exchanged, and fails")
     options = {"init_lora_weights": init} if init != "kaiming" else {}
     twin, parameters = peft_twin(kind, layer, **options)
     dy = torch.randn(layer(x).shape)
