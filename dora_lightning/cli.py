@@ -175,7 +175,7 @@ class DoRACLI(LightningCLI):
             return
         after = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         if self.config.fit.test_after:
-            self.test(model=self.model, datamodule=self.datamodule)
+            self.test(model=self.model, datamodule=self.datamodule, weights_only=True)
             after |= {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         if folder is None or not self.trainer.is_global_zero:
             return
