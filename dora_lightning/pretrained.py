@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -17,15 +19,20 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TorchAoConfig,
 )
 
+from dora_lightning.adapters.quantized import keep_packing
 from dora_lightning.gguf import convert_gguf, gguf_of_package
 from dora_lightning.images import IMAGE
 
 PACKAGE_PREFIX = "package:"
+QUANTIZATIONS = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "torchao-int8", "torchao-int4")
+"""What a base can be quantised to while it is loaded: names of Lightning's bitsandbytes precision, and torchao's."""
 
 
 def resolve_pretrained(name: str) -> str:
@@ -119,7 +126,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def load_causal_lm(
-    name: str, dtype: str = "auto", attn_implementation: str | None = None, meta_device: bool = False
+    name: str,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    meta_device: bool = False,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """A causal language model with its pretrained weights.
 
@@ -129,12 +140,27 @@ def load_causal_lm(
         attn_implementation: handed to ``transformers`` (``sdpa``, ``flash_attention_2``, ``eager``).
         meta_device: leave the weights out: parameters are on the meta device, where they have shapes but no memory.
             Buffers, which are computed and not loaded, are real.
+        quantization: one of :data:`QUANTIZATIONS`, for the linear layers but the output embedding; null for none.
+
+    Raises:
+        OSError: it could not be loaded.
+        ValueError: an unknown quantisation, or one that does not go with the other options or with the model.
+        ModuleNotFoundError: the library that quantises is not installed.
     """
+    if meta_device and quantization is not None:
+        raise ValueError(
+            f"quantization={quantization!r} needs whole weights, which meta_device: true leaves out; set it to false"
+        )
     source = resolve_pretrained(name)
     try:
         if meta_device:
             return _causal_lm_without_weights(local_folder(name), dtype, attn_implementation)
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attn_implementation)
+        options = _quantization_options(source, quantization, dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation=attn_implementation, **options
+        )
+        keep_packing(model)
+        return model
     except OSError as error:
         raise not_loaded(name, "model", error) from error
 
@@ -153,7 +179,7 @@ def reads_images_too(name: str) -> bool:
 
 
 def load_vision_language_model(
-    name: str, dtype: str = "auto", attn_implementation: str | None = None
+    name: str, dtype: str = "auto", attn_implementation: str | None = None, quantization: str | None = None
 ) -> PreTrainedModel:
     """A model that reads images and text, with its pretrained weights.
 
@@ -161,14 +187,21 @@ def load_vision_language_model(
         name: folder or hub id of any model that ``AutoModelForImageTextToText`` loads.
         dtype: as in :func:`load_causal_lm`.
         attn_implementation: likewise.
+        quantization: likewise, for the language model alone.
 
     Raises:
         OSError: it could not be loaded.
-        ValueError: the model reads no images.
+        ValueError: the model reads no images, or as in :func:`load_causal_lm`.
+        ModuleNotFoundError: the library that quantises is not installed.
     """
     source = resolve_pretrained(name)
     try:
-        return AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, attn_implementation=attn_implementation)
+        options = _quantization_options(source, quantization, dtype, skipped=_VISION_PARTS)
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype, attn_implementation=attn_implementation, **options
+        )
+        keep_packing(model)
+        return model
     except OSError as error:
         raise not_loaded(name, "model", error) from error
     except ValueError as error:
@@ -177,6 +210,46 @@ def load_vision_language_model(
         raise ValueError(
             f"{name} is no model that reads images and text: {str(error).partition(chr(10))[0]}"
         ) from error
+
+
+# what is not the language model of a model that reads images; it is small, and may be trained in full
+_VISION_PARTS = ("vision_tower", "vision_model", "visual", "multi_modal_projector", "connector")
+
+
+def _quantization_options(
+    source: str, quantization: str | None, dtype: str, skipped: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Options of ``from_pretrained`` that quantise while loading; ``skipped`` modules stay as they are."""
+    if quantization is None:
+        return {}
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization must be null or one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
+    library = "torchao" if quantization.startswith("torchao-") else "bitsandbytes"
+    if importlib.util.find_spec(library) is None:
+        raise ModuleNotFoundError(
+            f"quantization={quantization!r} needs {library}: pip install 'dora-lightning[quantization]'"
+        )
+    config = AutoConfig.from_pretrained(source)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{source} holds quantised weights already; set quantization to null")
+    # transformers leaves the output embedding as it is only where it is told no other names
+    kept = ["lm_head", *skipped] if skipped else None
+    if library == "torchao":
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+        kind = Int8WeightOnlyConfig if quantization == "torchao-int8" else Int4WeightOnlyConfig
+        return {"quantization_config": TorchAoConfig(kind(), modules_to_not_convert=kept)}
+    if quantization == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)}
+    stored = config.dtype if dtype == "auto" else getattr(torch, dtype)
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.removesuffix("-dq"),
+        bnb_4bit_use_double_quant=quantization.endswith("-dq"),
+        bnb_4bit_compute_dtype=stored or torch.float32,
+        llm_int8_skip_modules=kept,
+    )
+    return {"quantization_config": four_bits}
 
 
 def _causal_lm_without_weights(folder: Path, dtype: str, attn_implementation: str | None) -> PreTrainedModel:

@@ -52,6 +52,8 @@ class AdapterLayer(nn.Module):
         assert operator is not None  # find_targets has checked
         self.base_layer: Any = base_layer
         self.operator: Operator = operator
+        if self.quantized:
+            quantized.check_dequantises(base_layer)
         self.merged_dtype = torch.float32
         """Of the merged weight of a quantised layer, which does not say what the model computes with."""
         for attribute in operator.attributes:

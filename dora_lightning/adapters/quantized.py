@@ -37,6 +37,21 @@ def is_quantized(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and _kind(module.weight) != ""
 
 
+def check_dequantises(module: nn.Module) -> None:
+    """Check that a quantised layer's library gives its weight back.
+
+    Raises:
+        ValueError: it does not, on this device.
+    """
+    weight: Any = module.weight
+    if _kind(weight) == "4bit" and weight.device.type == "cpu" and _shape(module)[1] % weight.quant_state.blocksize:
+        # its kernel takes each row to begin a block, while quantising has blocks go on from row to row
+        raise ValueError(
+            f"on a CPU bitsandbytes dequantises {_shape(module)[1]} input features wrongly, which are no multiple of "
+            f"the {weight.quant_state.blocksize} weights that share a scale; exclude the module or use int8"
+        )
+
+
 def scheme_of(module: nn.Module) -> dict[str, Any]:
     """How the weight of a quantised layer came about, in plain containers, enough to do it again.
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from dora_lightning.adapters.inject import adapter_layers, find_targets
+from dora_lightning.adapters.quantized import is_quantized
 
 GROUPS = ("magnitude", "lora_A", "lora_B", "other")
 # VeRA's vectors scale the rows of A and of B, and go where those would
@@ -69,5 +71,11 @@ def summarize_adapters(model: nn.Module) -> AdapterSummary:
     return AdapterSummary(
         modules={kind: (method, count) for (kind, method), count in counts.items()},
         groups={group: groups[group] for group in GROUPS if groups[group]},
-        total=sum(parameter.numel() for parameter in model.parameters()),
+        total=sum(parameter.numel() for parameter in model.parameters()) + _packed_away(model),
     )
+
+
+def _packed_away(model: nn.Module) -> int:
+    """How many weights share a place with others in packed tensors."""
+    packed: list[Any] = [module for module in model.modules() if is_quantized(module)]
+    return sum(module.in_features * module.out_features - module.weight.numel() for module in packed)

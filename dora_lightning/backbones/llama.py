@@ -42,6 +42,8 @@ class DoRALlama(Backbone):
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         meta_device: build the model without weights and let the callback ``ShardedTraining`` read them from the
             folder's safetensors straight into each process's shards, so that no process ever holds the whole base.
+        quantization: quantise the linear layers of the base while it is loaded (QDoRA): ``nf4``, ``nf4-dq`` (the scales
+            too, as QLoRA does), ``fp4``, ``fp4-dq``, ``int8``, ``torchao-int8`` or ``torchao-int4``; null for not.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class DoRALlama(Backbone):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         meta_device: bool = False,
+        quantization: str | None = None,
     ) -> None:
         super().__init__(model_name_or_path, adapter, optimizer, lr_scheduler, task, judge_in_validation)
         self.base_dtype = dtype
@@ -63,11 +66,16 @@ class DoRALlama(Backbone):
         self.gradient_checkpointing = gradient_checkpointing
         # not a hyperparameter: what loads a checkpoint later wants the weights
         self.meta_device = meta_device
-        self.save_hyperparameters({"dtype": dtype, "attn_implementation": attn_implementation})
+        self.quantization = quantization
+        self.save_hyperparameters(
+            {"dtype": dtype, "attn_implementation": attn_implementation, "quantization": quantization}
+        )
 
     def load_pretrained(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The causal language model and its tokenizer."""
-        model = load_causal_lm(self.model_name_or_path, self.base_dtype, self.attn_implementation, self.meta_device)
+        model = load_causal_lm(
+            self.model_name_or_path, self.base_dtype, self.attn_implementation, self.meta_device, self.quantization
+        )
         check_plain_logits(model)
         if self.gradient_checkpointing:
             enable_recomputation(model)

@@ -66,6 +66,7 @@ class DoRALlava(Backbone):
         dtype: dtype of what is frozen: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: attention (``sdpa``, ``flash_attention_2``, ``eager``); null for the default.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        quantization: quantise the language model, as in :class:`~dora_lightning.backbones.DoRALlama`.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class DoRALlava(Backbone):
         dtype: str = "auto",
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
+        quantization: str | None = None,
     ) -> None:
         # a checkpoint holds parts as a plain dict, which load_from_checkpoint hands back
         self.parts = LlavaParts(**model_name_or_path) if isinstance(model_name_or_path, dict) else model_name_or_path
@@ -99,6 +101,7 @@ class DoRALlava(Backbone):
         self.base_dtype = dtype
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
+        self.quantization = quantization
         self.processor: Any = None
         self.save_hyperparameters(
             {
@@ -107,13 +110,16 @@ class DoRALlava(Backbone):
                 "projector": projector,
                 "dtype": dtype,
                 "attn_implementation": attn_implementation,
+                "quantization": quantization,
             }
         )
 
     def load_pretrained(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model, and its processor's tokenizer."""
         self.model_name_or_path = resolve_llava(self.parts)
-        model = load_vision_language_model(self.model_name_or_path, self.base_dtype, self.attn_implementation)
+        model = load_vision_language_model(
+            self.model_name_or_path, self.base_dtype, self.attn_implementation, self.quantization
+        )
         check_plain_logits(model)
         if self.gradient_checkpointing:
             enable_recomputation(model)

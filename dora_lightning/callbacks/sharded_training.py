@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from dora_lightning.adapters import DoRALinear, MagnitudeLinear, adapter_layers
+from dora_lightning.adapters.quantized import is_quantized
 from dora_lightning.training.adapter_run import run_of
 from dora_lightning.training.build_steps import BuildStep, after_model_is_built
 from dora_lightning.training.sharded_checkpoint import use_adapter_checkpoints
@@ -88,6 +89,12 @@ class ShardedTraining(Callback):
                 layer.reset_magnitude()
         strategy = trainer.strategy
         sharded = isinstance(strategy, ModelParallelStrategy)
+        if sharded and any(is_quantized(module) for module in pl_module.modules()):
+            raise ValueError(
+                "a quantised base cannot be sharded: FSDP2 puts plain parameters in the place of bitsandbytes' weights, "
+                "which lose their scales, and cannot split torchao's; set strategy: ddp (each process holds the packed "
+                "base, a quarter to a half of bf16's) or leave the base unquantised"
+            )
         blocks = find_blocks(pl_module, self.blocks) if sharded or self.activation_checkpointing else []
         if self.activation_checkpointing:
             for block in blocks:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_lightning.adapters import AdapterConfig
+from dora_lightning.adapters.quantized import is_quantized
 from dora_lightning.training.base_identity import check_same_base
 
 KEY = "dora_lightning"
@@ -117,8 +118,16 @@ def read_adapter_checkpoint(path: str | Path) -> AdapterCheckpoint:
 
 
 def frozen_names(module: nn.Module) -> set[str]:
-    """Every dotted name of a parameter that does not train; a tied one has several."""
-    return {name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    """Every dotted name of a parameter that does not train; a tied one has several.
+
+    And of what else a quantised layer keeps in a state dict, such as the scales of its weight.
+    """
+    parameters = module.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in parameters if not parameter.requires_grad}
+    for prefix, layer in module.named_modules():
+        if is_quantized(layer):
+            frozen |= {f"{prefix}.{name}" for name in layer.state_dict()}
+    return frozen
 
 
 def _entry(checkpoint: dict[str, Any], what: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dora_lightning.adapters.quantized import is_quantized, packed_tensors, row_slabs, scheme_of
 from dora_lightning.training.stored_names import base_name, stored_names
 
 _SAMPLES = 8
@@ -25,22 +26,28 @@ def base_identity(model: nn.Module, name: str) -> dict[str, Any]:
     """What a base model is, in plain containers.
 
     Its name, a checksum and a few values of each of its frozen weights, and the names of weights that its files call
-    otherwise than the model does.
+    otherwise than the model does. Of a quantised weight the checksum is that of the packed data, the values are
+    dequantised ones, and ``quantized`` says how it came about.
 
     Args:
         model: the model with real weights, with or without adapters.
         name: folder or hub id it was loaded from.
     """
     # a shard is no sample of the whole; adapters are injected, and this is called, before sharding
+    packed = {f"{prefix}.weight": module for prefix, module in model.named_modules() if is_quantized(module)}
     frozen = {
         base_name(key): parameter
         for key, parameter in model.named_parameters()
         if not parameter.requires_grad
+        and key not in packed
         and parameter.is_floating_point()
         and not parameter.is_meta
         and not isinstance(parameter, DTensor)
     }
-    return _identity(frozen, name) | {"stored_names": stored_names(model)}
+    identity = _identity(frozen, name) | {"stored_names": stored_names(model)}
+    for key, module in packed.items():
+        _add_quantized(identity, base_name(key), module)
+    return identity
 
 
 def awaited_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
@@ -66,10 +73,19 @@ def check_same_base(saved: dict[str, Any], present: dict[str, Any]) -> None:
         _compare(saved, present, key)
 
 
-def check_weight_of_base(saved: dict[str, Any], key: str, weight: Tensor, name: str) -> None:
-    """As :func:`check_same_base`, for the weight ``key`` of the base ``name``; one that was not recorded passes."""
-    if key in saved["samples"]:
-        _compare(saved, _identity({key: weight}, name), key)
+def check_weight_of_base(saved: dict[str, Any], key: str, weight: Tensor | nn.Module, name: str) -> None:
+    """As :func:`check_same_base`, for the weight ``key`` of the base ``name``; one that was not recorded passes.
+
+    A quantised weight is given as the layer that has it.
+    """
+    if key not in saved["samples"]:
+        return
+    if isinstance(weight, Tensor):
+        present = _identity({key: weight}, name)
+    else:
+        present = _identity({}, name)
+        _add_quantized(present, key, weight)
+    _compare(saved, present, key)
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -134,7 +150,26 @@ def _identity(weights: Mapping[str, Tensor], name: str) -> dict[str, Any]:
     }
 
 
+def _add_quantized(identity: dict[str, Any], key: str, module: nn.Module) -> None:
+    rows, columns = module.out_features, module.in_features
+    step = _sample_step(rows * columns)  # type: ignore[operator]  # numbers, of a linear layer
+    wanted = [step * position for position in range(_SAMPLES)]
+    values = []
+    for part, slab in row_slabs(module):
+        first, last = part.start * columns, part.stop * columns
+        flat = slab.reshape(-1)
+        values += [float(flat[index - first]) for index in wanted if first <= index < last]
+    identity["samples"][key] = torch.tensor(values, device="cpu")
+    identity["checksums"][key] = sum(_checksum(tensor) for tensor in packed_tensors(module))
+    scheme = scheme_of(module)
+    identity["dtypes"][key] = f"{scheme['scheme']} from {scheme['dtype']} on {scheme['device']}"
+    identity.setdefault("quantized", {})[key] = scheme
+
+
 def _compare(saved: dict[str, Any], present: dict[str, Any], key: str) -> None:
+    theirs, ours = _format(saved, key), _format(present, key)
+    if theirs != ours:
+        raise _wrong_base(saved, present["name"], f"{key} was {theirs} in training and is {ours} here")
     if saved["dtypes"][key] == present["dtypes"][key]:
         same = saved["checksums"][key] == present["checksums"][key]
     else:
@@ -144,6 +179,13 @@ def _compare(saved: dict[str, Any], present: dict[str, Any], key: str) -> None:
         )
     if not same:
         raise _wrong_base(saved, present["name"], f"{key} holds other values")
+
+
+def _format(identity: dict[str, Any], key: str) -> str:
+    scheme = identity.get("quantized", {}).get(key)
+    if scheme is None:
+        return "not quantised"
+    return f"quantised to {scheme['scheme']}" + (f" by {scheme['blocksize']}" if "blocksize" in scheme else "")
 
 
 def _wrong_base(saved: dict[str, Any], name: str, reason: str) -> ValueError:

@@ -2,7 +2,9 @@
 
 The base's safetensors files are copied tensor by tensor; a tensor that an adapter belongs to is replaced by
 ``g (W + s B A)``, or by what was trained in full. The merged tensor has the shape and dtype of the base's, so each
-file's header stays as it is. Memory holds one weight at a time. Everything is written beside the target and renamed at
+file's header stays as it is. Memory holds one weight at a time. Of an adapter on a quantised base, each weight that was
+quantised is so again, checked, and dequantised: the merged model is ``g (W_dq + s B A)``, since ``W_dq`` is what was
+trained on, and not the ``W`` that the file holds. Everything is written beside the target and renamed at
 the end: a reader never sees a part.
 """
 
@@ -14,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -23,6 +25,7 @@ from torch import Tensor
 from dora_lightning.adapters import AdapterConfig
 from dora_lightning.adapters.functional import merge_weight
 from dora_lightning.adapters.operators import as_matrix, as_stored, ungrouped
+from dora_lightning.adapters.quantized import dequantized, quantize_again
 from dora_lightning.adapters.vera import scaled_pair, shared_pair
 from dora_lightning.pretrained import local_folder
 from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint
@@ -66,6 +69,11 @@ def merge_to_folder(
     files = sorted(source.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{source} holds no safetensors files, the only kind of weights that is read")
+    if adapter.base.get("quantized") and "quantization_config" in _config_of(source):
+        raise ValueError(
+            f"the weights in the files of {source} are quantised already, and are only written as they are; "
+            "merge in memory (merge_adapters(model, unload=True)) and save the model"
+        )
     if tied := adapter.config.resolved.get("tied"):
         raise ValueError(
             f"the weight of {tied[0]} is tied to another module's, which must not change with it, and the files hold "
@@ -114,10 +122,17 @@ def _merge_file(
         for name in _in_file_order(header):
             tensor = weights.get_tensor(name)
             own_name = own_names.get(name, name)
-            check_weight_of_base(adapter.base, own_name, tensor, base)
+            dtype = tensor.dtype
+            scheme = adapter.base.get("quantized", {}).get(own_name)
+            if scheme is None:
+                check_weight_of_base(adapter.base, own_name, tensor, base)
+            else:
+                layer = quantize_again(tensor, scheme)
+                check_weight_of_base(adapter.base, own_name, layer, base)
+                tensor = dequantized(layer)
             if update := updates.get(name):
                 tensor = _merged(own_name, tensor, update, adapter.config)
-            _write_tensor(writer, tensor)
+            _write_tensor(writer, tensor.to(dtype))
 
 
 def _merged(name: str, weight: Tensor, update: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
@@ -200,6 +215,11 @@ def _check_weights_exist(files: list[Path], updates: Mapping[str, object], sourc
             + (f" (nor {len(missing) - 1} more)" if len(missing) > 1 else "")
             + ", which the adapter belongs to: another base model, or a weight tied to another one"
         )
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _check_space(needed: int, folder: Path) -> None:
