@@ -134,3 +134,11 @@ def test_orca_math_as_published(read_config: ReadConfig, tmp_path: Path) -> None
     assert (data.train_size, data.held_out, data.test_size) == (100_000, 5_000, 500)
     assert (data.cutoff_len, data.batch_size) == (2048, 4)
     assert cli.model.task.generation == {"max_new_tokens": 1024, "do_sample": False}
+
+
+@pytest.mark.parametrize(("name", "accumulated"), [("qdora-llama2-7b-dora", 2), ("qdora-llama3-8b-dora", 1)])
+def test_qdora_on_orca_math_as_published(read_config: ReadConfig, name: str, accumulated: int) -> None:
+    cli = read_config(ROOT / "math" / "protocol.yaml", ROOT / "math" / f"{name}.yaml")
+    assert cli.model.quantization == "nf4"
+    assert (cli.model.adapter.rank, cli.model.adapter.alpha, cli.model.adapter.dropout) == (64, 16, 0.1)
+    assert (cli.datamodule.batch_size, cli.trainer.accumulate_grad_batches) == (4, accumulated)
