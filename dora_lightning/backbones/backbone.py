@@ -22,7 +22,7 @@ from dora_lightning.data import Sample
 from dora_lightning.files import write_bytes_atomically
 from dora_lightning.task import Task
 from dora_lightning.training.adapter_checkpoint import frozen_names
-from dora_lightning.training.adapter_run import AdapterRun
+from dora_lightning.training.adapter_run import AdapterRun, check_precision
 from dora_lightning.training.parameter_groups import parameter_groups
 from dora_lightning.training.schedules import WarmupDecay
 
@@ -104,6 +104,7 @@ class Backbone(LightningModule):
         """Load the pretrained model and inject the adapters; does nothing the second time."""
         if self.model is not None:
             return
+        check_precision(self._trainer)
         model, self.tokenizer = self.load_pretrained()
         self.inject(model)
         model.train()  # from_pretrained returns it in evaluation mode, and Lightning keeps what it finds

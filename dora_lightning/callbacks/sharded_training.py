@@ -92,8 +92,8 @@ class ShardedTraining(Callback):
         if sharded and any(is_quantized(module) for module in pl_module.modules()):
             raise ValueError(
                 "a quantised base cannot be sharded: FSDP2 puts plain parameters in the place of bitsandbytes' "
-                "weights, which lose their scales, and cannot split torchao's; set strategy: ddp (each process then holds "
-                "the packed base, a quarter to a half of bf16's) or leave the base unquantised"
+                "weights, which lose their scales, and cannot split torchao's; set strategy: ddp, where each process "
+                "holds the packed base (a quarter to a half of bf16's), or leave the base unquantised"
             )
         blocks = find_blocks(pl_module, self.blocks) if sharded or self.activation_checkpointing else []
         if self.activation_checkpointing:

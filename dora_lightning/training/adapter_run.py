@@ -85,6 +85,20 @@ class AdapterRun:
             self._random_states = checkpoint[KEY].get("random_states", [])
 
 
+def check_precision(trainer: Trainer | None) -> None:
+    """Refuse a precision plugin that quantises after adapters are there.
+
+    Raises:
+        ValueError: it is such a plugin; the message has the alternative.
+    """
+    if trainer is not None and type(trainer.precision_plugin).__name__ == "BitsandbytesPrecision":
+        raise ValueError(
+            "BitsandbytesPrecision quantises the model after its magnitudes are set, which would start training at "
+            "another function; give the model its quantised base instead: quantization: nf4 of the backbone, or "
+            "quantization_config of from_pretrained in your own module"
+        )
+
+
 def run_of(pl_module: LightningModule) -> AdapterRun:
     """The run with adapters that ``pl_module`` is in, whether a backbone or the ``DoRA`` callback holds it.
 

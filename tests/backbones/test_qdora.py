@@ -3,9 +3,12 @@
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from tiny import MakeBackbone, MakeData, MakeLlama, MakeTrainer, perturb_adapters
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -14,6 +17,7 @@ from dora_lightning import load_peft_adapter, merge_adapters, save_peft_adapter
 from dora_lightning.adapters import adapter_layers
 from dora_lightning.adapters.quantized import dequantized, is_quantized
 from dora_lightning.backbones import DoRALlama
+from dora_lightning.callbacks import DoRA, ShardedTraining
 from dora_lightning.pretrained import load_causal_lm
 from dora_lightning.training.adapter_checkpoint import read_adapter_checkpoint
 from dora_lightning.training.merging import merge_to_folder
@@ -188,3 +192,25 @@ def test_refused(make_quantized: MakeBackbone, tiny_llama: Path, make_backbone: 
             make_quantized(quantization="nf4", adapter={"init": init}).configure_model()
     with pytest.raises(ValueError, match="norm_axis='in' is not there for quantised weights"):
         make_quantized(quantization="nf4", adapter={"norm_axis": "in"}).configure_model()
+
+
+def test_quantising_after_injection_is_refused(make_quantized: MakeBackbone, make_trainer: MakeTrainer) -> None:
+    # Lightning makes no Trainer with the real one where there is no GPU
+    plugin = type("BitsandbytesPrecision", (Precision,), {})()
+    trainer = make_trainer(plugins=[plugin])
+    backbone = make_quantized()
+    backbone.trainer = trainer
+    message = "BitsandbytesPrecision quantises the model after its magnitudes are set"
+    with pytest.raises(ValueError, match=message):
+        backbone.configure_model()
+    with pytest.raises(ValueError, match=message):
+        DoRA().setup(trainer, backbone, "fit")
+
+
+def test_sharding_is_refused(make_quantized: MakeBackbone, make_trainer: MakeTrainer) -> None:
+    pytest.importorskip("bitsandbytes")
+    backbone = make_quantized(quantization="nf4")
+    backbone.configure_model()
+    strategy = ModelParallelStrategy(save_distributed_checkpoint=False, tensor_parallel_size=1)
+    with pytest.raises(ValueError, match="a quantised base cannot be sharded: FSDP2 puts plain parameters"):
+        ShardedTraining(base_dtype=None)._prepare(SimpleNamespace(strategy=strategy), backbone)
