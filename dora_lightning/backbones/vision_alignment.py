@@ -80,7 +80,7 @@ class QuestionedImages:
         """
         vision = batch.get("vision", {})
         if more := sorted(vision.keys() - {"pixel_values"}):
-            raise ValueError(f"vision_alignment is for models that read pixel_values alone; this one reads {more[0]} too")
+            raise ValueError(f"vision_alignment is for models that read pixel_values alone; this reads {more[0]} too")
         pixels = iter(vision.get("pixel_values", ()))
         # what the rows of several questions share is no part of a question
         shared = batch["turns"] == 0 if "turns" in batch else torch.zeros_like(batch["input_ids"], dtype=torch.bool)

@@ -111,7 +111,7 @@ def test_it_takes_two_answers(llava: str) -> None:
     model: Any = make(llava).language_model
     with pytest.raises(ValueError, match="0 conversations about one image and 0 different answers"):
         align_vision(model, model.model.multi_modal_projector, QuestionedImages(), VisionAlignment())
-    with pytest.raises(ValueError, match="this one reads image_sizes too"):
+    with pytest.raises(ValueError, match="this reads image_sizes too"):
         QuestionedImages().add({"vision": {"pixel_values": torch.zeros(1), "image_sizes": torch.zeros(1, 2)}}, 3)
     with pytest.raises(ValueError, match="epochs must be greater than 0"):
         VisionAlignment(epochs=0)
