@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import boolq_row, write_rows
 
+from dora_lightning.callbacks import GroupLearningRates
 from dora_lightning.cli import DoRACLI
 
 ROOT = Path(__file__).parent.parent / "configs"
@@ -142,3 +143,11 @@ def test_qdora_on_orca_math_as_published(read_config: ReadConfig, name: str, acc
     assert cli.model.quantization == "nf4"
     assert (cli.model.adapter.rank, cli.model.adapter.alpha, cli.model.adapter.dropout) == (64, 16, 0.1)
     assert (cli.datamodule.batch_size, cli.trainer.accumulate_grad_batches) == (4, accumulated)
+
+
+def test_pissa_with_dora_and_lora_plus(read_config: ReadConfig) -> None:
+    folder = ROOT / "instruction_tuning"
+    cli = read_config(folder / "protocol.yaml", folder / "llama2-7b-dora-pissa-loraplus.yaml")
+    assert (cli.model.adapter.method, cli.model.adapter.init) == ("dora", "pissa_niter_16")
+    (rates,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, GroupLearningRates)]
+    assert rates.groups["lora_B"] == {"factor": 16}

@@ -63,6 +63,7 @@ class DoRALlamaDPO(DoRALlama):
         attn_implementation: likewise.
         gradient_checkpointing: likewise.
         meta_device: likewise.
+        quantization: likewise.
         beta: how dear it is to part from the reference; 0.1 is usual.
 
     Raises:
@@ -81,6 +82,7 @@ class DoRALlamaDPO(DoRALlama):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         meta_device: bool = False,
+        quantization: str | None = None,
         beta: float = 0.1,
     ) -> None:
         super().__init__(
@@ -94,6 +96,7 @@ class DoRALlamaDPO(DoRALlama):
             attn_implementation,
             gradient_checkpointing,
             meta_device,
+            quantization,
         )
         if not beta > 0:
             raise ValueError(f"beta must be greater than 0, got {beta}")
