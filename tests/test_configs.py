@@ -147,7 +147,7 @@ def test_qdora_on_orca_math_as_published(read_config: ReadConfig, name: str, acc
 
 def test_pissa_with_dora_and_lora_plus(read_config: ReadConfig) -> None:
     folder = ROOT / "instruction_tuning"
-    cli = read_config(folder / "protocol.yaml", folder / "llama2-7b-dora-pissa-loraplus.yaml")
+    cli = read_config(folder / "protocol.yaml", folder / "llama2-7b-pissa-loraplus-dora.yaml")
     assert (cli.model.adapter.method, cli.model.adapter.init) == ("dora", "pissa_niter_16")
     (rates,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, GroupLearningRates)]
     assert rates.groups["lora_B"] == {"factor": 16}
