@@ -20,7 +20,7 @@ from datamodules.text import TextDataModule
 from dora_lightning.data import IGNORE, Sample
 from dora_lightning.images import IMAGE, open_image, pad_to_square
 from dora_lightning.llava_parts import LlavaParts
-from dora_lightning.processing import image_token_counts, load_processor
+from dora_lightning.processing import image_token_counts, load_processor, mean_colour
 
 AspectRatio: TypeAlias = Literal["pad", "plain"]
 
@@ -193,8 +193,7 @@ class VisionCollator(Collator):
         self.image_token_id = image_token_id
         self.image_processor = image_processor
         self.squares = squares
-        red, green, blue = (int(mean * 255) for mean in image_processor.image_mean)
-        self.background = (red, green, blue)
+        self.background = mean_colour(image_processor)
 
     def __call__(self, encoded: list[EncodedSample]) -> dict[str, Any]:
         """Make the batch.

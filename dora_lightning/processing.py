@@ -59,6 +59,12 @@ def vision_sizes(vision: Mapping[str, Tensor]) -> list[tuple[int, int]]:
     return [(width, height)] * len(vision["pixel_values"])
 
 
+def mean_colour(image_processor: Any) -> tuple[int, int, int]:
+    """The colour that an image processor takes for the mean, in which LLaVA-1.5 pads images to squares."""
+    red, green, blue = (int(255 * mean) for mean in image_processor.image_mean)
+    return red, green, blue
+
+
 def image_inputs(processor: Any, source: Any) -> BatchFeature:
     """What the model reads of one image, squared first unless the model takes any shape, as LLaVA-1.5 and NeXT do.
 
@@ -68,6 +74,5 @@ def image_inputs(processor: Any, source: Any) -> BatchFeature:
     """
     image = open_image(source)
     if not hasattr(processor.image_processor, "image_grid_pinpoints"):
-        red, green, blue = (int(255 * mean) for mean in processor.image_processor.image_mean)
-        image = pad_to_square(image, (red, green, blue))
+        image = pad_to_square(image, mean_colour(processor.image_processor))
     return processor.image_processor(images=[image], return_tensors="pt")

@@ -93,10 +93,8 @@ class FeatureCache:
     def _load(self, path: Path) -> Tensor | None:
         try:
             return load_file(path)["features"]
-        except FileNotFoundError:
-            return None
-        except SafetensorError:
-            return None  # cut short by a machine that went down; computed anew and written over
+        except (FileNotFoundError, SafetensorError):
+            return None  # not there, or cut short by a machine that went down: computed anew and written over
 
     def _save(self, path: Path, features: Tensor) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
