@@ -24,6 +24,14 @@ class Task(nn.Module):
     ranks_options: bool = False
     """Whether the options of each sample are to be ranked by log-likelihood."""
 
+    def judge_of(self, samples: Sequence[Sample]) -> Task:
+        """The task whose :attr:`generation` and :attr:`ranks_options` are those of a batch: here, itself.
+
+        Args:
+            samples: a batch; evaluation batches hold samples of one kind.
+        """
+        return self
+
     def update(
         self, samples: Sequence[Sample], texts: Sequence[str] | None = None, scores: Sequence[Tensor] | None = None
     ) -> None:

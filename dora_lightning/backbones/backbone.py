@@ -90,6 +90,16 @@ class Backbone(LightningModule):
     ) -> list[Tensor]:
         """Log-likelihood ``[options]`` of each prompt's options."""
 
+    def answers(self, batch: dict[str, Any], **options: Any) -> list[str]:
+        """Text generated for each sample of a batch; ``options`` as in ``generate`` of transformers."""
+        return self.generate([sample.prompt for sample in batch["samples"]], batch.get("vision"), **options)
+
+    def rankings(self, batch: dict[str, Any]) -> list[Tensor]:
+        """Log-likelihood ``[options]`` of the options of each sample of a batch."""
+        samples: list[Sample] = batch["samples"]
+        prompts = [sample.prompt for sample in samples]
+        return self.rank(prompts, [sample.options for sample in samples], batch.get("vision"))
+
     def held_out_metrics(self, loss: Tensor) -> dict[str, Tensor]:
         """What is logged of validation beside the mean ``loss``, by name."""
         return {}
@@ -209,9 +219,8 @@ class Backbone(LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Generated text of each sample, with its prompt."""
         samples: list[Sample] = batch["samples"]
-        options = self.task.generation if self.task is not None else None
-        prompts = [sample.prompt for sample in samples]
-        texts = self.generate(prompts, batch.get("vision"), **(options or {"max_new_tokens": 64}))
+        options = self.task.judge_of(samples).generation if self.task is not None else None
+        texts = self.answers(batch, **(options or {"max_new_tokens": 64}))
         rows = [{"prompt": s.prompt, "source": s.source, "output": t} for s, t in zip(samples, texts, strict=True)]
         self._predicted += rows
         return rows
@@ -224,11 +233,9 @@ class Backbone(LightningModule):
     def _judge(self, batch: dict[str, Any]) -> None:
         assert self.task is not None
         samples: list[Sample] = batch["samples"]
-        vision: Mapping[str, Tensor] | None = batch.get("vision")
-        prompts = [sample.prompt for sample in samples]
-        texts = self.generate(prompts, vision, **self.task.generation) if self.task.generation is not None else None
-        options = [sample.options for sample in samples]
-        scores = self.rank(prompts, options, vision) if self.task.ranks_options else None
+        judge = self.task.judge_of(samples)
+        texts = self.answers(batch, **judge.generation) if judge.generation is not None else None
+        scores = self.rankings(batch) if judge.ranks_options else None
         self.task.update(samples, texts, scores)
 
     def _finish_judging(self, stage: str) -> None:
