@@ -1,4 +1,4 @@
-"""Questions about images: short answers and multiple choice, judged as LLaVA-1.5's benchmarks judge them.
+"""Questions about images: short answers and multiple choice, judged as LLaVA-1.5's and VL-BART's benchmarks judge them.
 
 Each :attr:`Sample.source` has its protocol (:mod:`tasks.vqa_protocols`): how the answer is read out of the text and how
 it is scored. Submission files (:mod:`tasks.submissions`) and a picture of some answers (:mod:`tasks.picture`) are
@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from rich.console import RenderableType
 from torch import Tensor
 
 from dora_lightning.data import Sample
 from dora_lightning.task import Task
+from tasks.gathering import gather
 from tasks.picture import examples_picture
 from tasks.submissions import read_question_ids, require_openpyxl, submission_files
 from tasks.vqa_protocols import PROTOCOLS, Protocol, benchmark_of, select_variants
@@ -33,7 +33,8 @@ class VQA(Task):
     frequent answer would score, where there is one short answer. Beside these, ``scienceqa/accuracy`` is that of the
     questions with an image, as published, and ``scienceqa/overall`` that of all; POPE's splits have ``precision``,
     ``recall``, ``f1`` and ``yes_ratio``, and ``pope/f1`` is the mean of the splits; ``mmbench/accuracy`` is circular,
-    and ``mmbench/<category>/accuracy`` too; ``easy_vqa/accuracy`` is over all questions of all kinds.
+    and ``mmbench/<category>/accuracy`` too; ``easy_vqa/accuracy`` is over all questions of all kinds,
+    and ``moving_shapes/accuracy`` over those whose frames were not shuffled.
     ``mean/accuracy`` is the mean of the benchmarks' published numbers, which for POPE is F1.
 
     Samples without references (hidden test sets) are answered and kept in the records, and not scored.
@@ -42,8 +43,9 @@ class VQA(Task):
         judge: ``generation``, ``ranking`` or ``both``; samples without options can only be judged by generation, and
             ``both`` ranks those that have options.
         max_new_tokens: longest answer.
-        variants: benchmark -> name of a protocol of :data:`tasks.vqa_protocols.PROTOCOLS`, e.g. ``{"vqav2": "lmms"}``,
-            where it is not to be the first one; ``other`` stands for sources of nobody's benchmark.
+        variants: benchmark -> name of a protocol of :data:`tasks.vqa_protocols.PROTOCOLS`, where it is not to be the
+            first one: VL-BART's published numbers were made with ``{"vqav2": "vl_t5", "gqa": "label"}``; ``other``
+            stands for sources of nobody's benchmark.
         submissions: write the benchmarks' submission files; MMBench's needs openpyxl.
         vqav2_questions: VQAv2's question file, or LLaVA's; the submission then answers all its questions.
         model_id: name of the model in LLaVA's answer files.
@@ -154,7 +156,7 @@ class VQA(Task):
 
     def compute(self) -> dict[str, Tensor]:
         """Each measure in [0, 1], over the answers of all processes."""
-        return vqa_results(_gather(self._judged))
+        return vqa_results(gather(self._judged))
 
     def records(self) -> list[dict[str, Any]]:
         """The rows judged in this process, with ``output_pred``, ``pred`` and ``score`` (None where it is hidden)."""
@@ -183,12 +185,3 @@ def _terminator(sample: Sample) -> str:
     target = sample.target.strip()
     answers = [answer for answer in sample.references if answer and target.lower().startswith(answer.lower())]
     return target[len(max(answers, key=len)) :] if answers else ""
-
-
-def _gather(judged: list[Judged]) -> list[Judged]:
-    """The answers of all processes, since neither a circular accuracy nor a most frequent answer is a mean of means."""
-    if not torch.distributed.is_initialized():
-        return judged
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, judged)
-    return [row for part in gathered for row in part]

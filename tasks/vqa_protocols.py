@@ -1,7 +1,8 @@
 """How each visual benchmark reads an answer out of a text, and how it scores it.
 
 The first protocol of a benchmark is the one that LLaVA-1.5's published numbers were made with; the others are those of
-other evaluation code, whose numbers do not compare with them. Sources of nobody's benchmark fall under ``other``.
+other evaluation code, whose numbers do not compare with them: VL-BART's are ``vl_t5`` of VQAv2 and ``label`` of GQA.
+Sources of nobody's benchmark fall under ``other``.
 """
 
 from __future__ import annotations
@@ -45,13 +46,15 @@ class Protocol(NamedTuple):
 def benchmark_of(source: str) -> str:
     """Benchmark that a :attr:`Sample.source` belongs to.
 
-    >>> benchmark_of("pope_random"), benchmark_of("easy_vqa_shape"), benchmark_of("gqa"), benchmark_of("my photos")
-    ('pope', 'easy_vqa', 'gqa', 'other')
+    >>> benchmark_of("pope_random"), benchmark_of("moving_shapes_color"), benchmark_of("gqa"), benchmark_of("my photos")
+    ('pope', 'moving_shapes', 'gqa', 'other')
     """
     if source in ("pope_random", "pope_popular", "pope_adversarial"):
         return "pope"
     if source in ("easy_vqa_shape", "easy_vqa_color", "easy_vqa_yes_no"):
         return "easy_vqa"
+    if source.startswith("moving_shapes_"):
+        return "moving_shapes"
     return source if source in PROTOCOLS else "other"
 
 
@@ -111,6 +114,12 @@ def _normalized_match(answers: Sequence[str], references: Sequence[Sequence[str]
     return torch.tensor(right, dtype=torch.float32)
 
 
+def _label_lookup(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Tensor:
+    """Whether an answer is one of the question's labels as it stands; each of GQA's scores 1."""
+    right = [answer in accepted for answer, accepted in zip(answers, references, strict=True)]
+    return torch.tensor(right, dtype=torch.float32)
+
+
 def _normalize(answer: str) -> str:
     return normalize_answer(answer, "official")
 
@@ -141,11 +150,12 @@ PROTOCOLS: dict[str, dict[str, Protocol]] = {
     "vqav2": _CONSENSUS,
     "vizwiz": _CONSENSUS,
     "textvqa": {"m4c": _CONSENSUS["m4c"], **_CONSENSUS},
-    "gqa": _EXACT,
+    "gqa": {**_EXACT, "label": Protocol(_stripped, _label_lookup, str)},
     "scienceqa": _LETTERS,
     "mmbench": {"vlmevalkit": _LETTERS["vlmevalkit"], **_LETTERS},
     "pope": {"llava": Protocol(lambda text, sample: read_yes_no(text.strip()), _score_yes_no, str)},
     "easy_vqa": {**_NORMALIZED, **_EXACT},
+    "moving_shapes": {**_NORMALIZED, **_EXACT},
     "other": {**_NORMALIZED, **_EXACT, **_CONSENSUS},
 }
 """Benchmark -> name -> protocol; the first is the default."""

@@ -12,6 +12,12 @@ from torch import Tensor
 from dora_lightning.metrics import circular_accuracy, pope_scores
 from tasks.vqa_protocols import benchmark_of
 
+_GROUPS = ("pope", "easy_vqa", "moving_shapes")
+"""Benchmarks of several sources, which have one number together."""
+
+SHUFFLED = "_shuffled"
+"""How a source's name ends whose videos are shown with their frames in any order."""
+
 
 class Judged(NamedTuple):
     """What the measures need of one answer whose truth is known; small, since processes exchange it."""
@@ -103,20 +109,12 @@ def _circular(
 
 
 def _group_results(sources: dict[str, list[Judged]], results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is said of easy-VQA's kinds of question together, and of POPE's splits together."""
+    """What is said of the kinds of question of a made benchmark together, and of POPE's splits together."""
     grouped: dict[str, Tensor] = {}
-    kinds = [rows for source, rows in sources.items() if benchmark_of(source) == "easy_vqa"]
-    questions = [row for rows in kinds for row in rows]
-    for measure, score_of in _JUDGES.items():
-        scored = [row for row in questions if score_of(row) is not None]
-        if scored:
-            grouped[f"easy_vqa/{measure}"] = _mean(score_of, scored)
-    generated = [row for row in questions if row.score is not None]
-    if generated:
-        grouped["easy_vqa/unparsed"] = _mean(lambda row: not row.parsed, generated)
-    if questions:
-        # a guess per kind of question: the better of the two baselines
-        grouped["easy_vqa/majority"] = torch.tensor(sum(map(_most_frequent, kinds)) / len(questions))
+    for group in ("easy_vqa", "moving_shapes"):
+        # shuffled frames tell how much of the score the order of frames gives; they are no part of it
+        kinds = [rows for name, rows in sources.items() if benchmark_of(name) == group and not name.endswith(SHUFFLED)]
+        grouped |= _kinds_results(group, kinds)
     splits = [source for source in sources if benchmark_of(source) == "pope"]
     for measure in ("f1", "ranking"):
         values = [results[f"{split}/{measure}"] for split in splits if f"{split}/{measure}" in results]
@@ -125,13 +123,30 @@ def _group_results(sources: dict[str, list[Judged]], results: dict[str, Tensor])
     return grouped
 
 
+def _kinds_results(group: str, kinds: Sequence[list[Judged]]) -> dict[str, Tensor]:
+    """Measures over all questions of all kinds."""
+    results: dict[str, Tensor] = {}
+    questions = [row for rows in kinds for row in rows]
+    for measure, score_of in _JUDGES.items():
+        scored = [row for row in questions if score_of(row) is not None]
+        if scored:
+            results[f"{group}/{measure}"] = _mean(score_of, scored)
+    generated = [row for row in questions if row.score is not None]
+    if generated:
+        results[f"{group}/unparsed"] = _mean(lambda row: not row.parsed, generated)
+    if questions:
+        # a guess per kind of question: the better of the two baselines
+        results[f"{group}/majority"] = torch.tensor(sum(map(_most_frequent, kinds)) / len(questions))
+    return results
+
+
 def _headlines(results: dict[str, Tensor], measure: str) -> dict[str, Tensor]:
     """The number that each benchmark is known by."""
     headlines: dict[str, Tensor] = {}
     for name, value in results.items():
         source, _, of = name.rpartition("/")
         published = "f1" if (source, measure) == ("pope", "accuracy") else measure
-        in_group = benchmark_of(source) in ("pope", "easy_vqa") and source not in ("pope", "easy_vqa")
+        in_group = benchmark_of(source) in _GROUPS and source not in _GROUPS
         if of == published and not source.startswith("mmbench/") and not in_group:
             headlines[source] = value
     return headlines

@@ -37,6 +37,18 @@ DOGS = ("2",) * 2 + ("two dogs",) * 3 + ("dogs",) * 5
         ("gqa", "gqa", "Yes.", ("yes",), ("Yes.", 1.0)),
         ("gqa", "gqa", "yes!", ("yes",), ("yes!", 0.0)),
         ("gqa", "lmms_gqa", "yes!", ("yes",), ("yes!", 1.0)),
+        # VL-BART's: people's answers lose their punctuation alone, the model's is normalised as ever
+        ("vqav2", "vl_t5", "two dogs", ("2 dogs!",) * 9 + ("cat",), ("two dogs", 1.0)),
+        ("vqav2", "vl_t5", "two dogs", ("two dogs",) * 9 + ("cat",), ("two dogs", 0.0)),
+        ("vqav2", "official", "two dogs", ("two dogs",) * 9 + ("cat",), ("two dogs", 1.0)),
+        ("vqav2", "vl_t5", "Cat", ("Cat",) * 9 + ("dog",), ("Cat", 0.0)),
+        ("vqav2", "official", "Cat", ("Cat",) * 9 + ("dog",), ("Cat", 1.0)),
+        ("gqa", "label", " left\n", ("left", "right"), ("left", 1.0)),
+        ("gqa", "label", "right", ("left", "right"), ("right", 1.0)),
+        ("gqa", "label", "Left", ("left",), ("Left", 0.0)),
+        ("gqa", "label", "left.", ("left",), ("left.", 0.0)),
+        ("moving_shapes", "normalized", "To the Left.", ("to the left",), ("To the Left.", 1.0)),
+        ("moving_shapes", "normalized", "right", ("left",), ("right", 0.0)),
         ("easy_vqa", "normalized", " A Circle.", ("circle",), ("A Circle.", 1.0)),
         ("easy_vqa", "normalized", "circle or square", ("circle",), ("circle or square", 0.0)),
         ("easy_vqa", "gqa", "A circle", ("circle",), ("A circle", 0.0)),
@@ -80,6 +92,7 @@ def test_the_protocols_of_llava_are_the_defaults() -> None:
         "mmbench": "vlmevalkit",
         "pope": "llava",
         "easy_vqa": "normalized",
+        "moving_shapes": "normalized",
         "other": "normalized",
     }
     assert select_variants({"vqav2": "lmms"})["vqav2"] == "lmms"

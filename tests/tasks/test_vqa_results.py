@@ -61,6 +61,29 @@ def test_easy_vqa_counts_questions_and_is_one_benchmark() -> None:
     assert results["mean/accuracy"] == 0.75  # of easy-VQA's 0.5 and GQA's 1
 
 
+def test_moving_shapes_are_counted_without_those_whose_frames_are_shuffled() -> None:
+    judged = [
+        Judged("moving_shapes_color", 1.0, truth="red"),
+        Judged("moving_shapes_first", 1.0, truth="circle"),
+        Judged("moving_shapes_first", 1.0, truth="square"),
+        Judged("moving_shapes_first", 0.0, truth="square", parsed=False),
+        Judged("moving_shapes_first_shuffled", 0.0, truth="circle"),
+        Judged("moving_shapes_first_shuffled", 0.0, truth="square"),
+        Judged("gqa", 1.0, truth="left"),
+    ]
+    results = rounded(vqa_results(judged))
+    assert results["moving_shapes/accuracy"] == 0.75
+    assert results["moving_shapes/unparsed"] == 0.25
+    assert results["moving_shapes/majority"] == 0.75  # red, and square of three
+    assert results["moving_shapes_first/accuracy"] == 0.6667
+    assert results["moving_shapes_first_shuffled/accuracy"] == 0.0
+    assert results["moving_shapes_first_shuffled/majority"] == 0.5
+    assert results["mean/accuracy"] == 0.875  # of 0.75 and GQA's 1
+    # alone they are shown, and are nobody's number
+    alone = rounded(vqa_results(judged[4:6]))
+    assert {name.rpartition("/")[0] for name in alone} == {"moving_shapes_first_shuffled"}
+
+
 def test_scienceqa_is_known_by_its_questions_with_an_image() -> None:
     judged = [
         Judged("scienceqa", 1.0, ranked=0.0, has_image=True),
