@@ -38,7 +38,7 @@ DOGS = ("2",) * 2 + ("two dogs",) * 3 + ("dogs",) * 5
         ("gqa", "gqa", "yes!", ("yes",), ("yes!", 0.0)),
         ("gqa", "lmms_gqa", "yes!", ("yes",), ("yes!", 1.0)),
         # VL-BART's: people's answers lose their punctuation alone, the model's is normalised as ever
-        ("vqav2", "vl_t5", "two dogs", ("2 dogs!",) * 9 + ("cat",), ("two dogs", 1.0)),
+        ("vqav2", "vl_t5", "two dogs", ("2, dogs",) * 9 + ("cat",), ("two dogs", 1.0)),
         ("vqav2", "vl_t5", "two dogs", ("two dogs",) * 9 + ("cat",), ("two dogs", 0.0)),
         ("vqav2", "official", "two dogs", ("two dogs",) * 9 + ("cat",), ("two dogs", 1.0)),
         ("vqav2", "vl_t5", "Cat", ("Cat",) * 9 + ("dog",), ("Cat", 0.0)),
