@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -149,6 +149,19 @@ def by_pattern(module: str, patterns: Mapping[str, _Value], default: _Value) -> 
     8
     """
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def outside(parts: Sequence[str], excluded: str | list[str]) -> str:
+    """``exclude_modules`` that leaves out what lies in none of the named parts of a model, and what is excluded anyway.
+
+    >>> re.fullmatch(outside(["encoder"], ["q_proj"]), "encoder.layers.0.v_proj") is None
+    True
+    """
+    inside = "|".join(re.escape(part) for part in parts)
+    rest = rf"(?!(?:{inside})\.).*"
+    if isinstance(excluded, str):
+        return rf"{excluded}|{rest}"
+    return "|".join([*(rf"(?:.*\.)?{re.escape(name)}" for name in excluded), rest])
 
 
 def _check_rank(name: str, rank: object) -> None:

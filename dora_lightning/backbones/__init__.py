@@ -4,5 +4,6 @@ from dora_lightning.backbones.backbone import Backbone
 from dora_lightning.backbones.llama import DoRALlama
 from dora_lightning.backbones.llava import DoRALlava
 from dora_lightning.backbones.preference import DoRALlamaDPO
+from dora_lightning.backbones.vl_bart import DoRAVLBart
 
-__all__ = ["Backbone", "DoRALlama", "DoRALlamaDPO", "DoRALlava"]
+__all__ = ["Backbone", "DoRALlama", "DoRALlamaDPO", "DoRALlava", "DoRAVLBart"]

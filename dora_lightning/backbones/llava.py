@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_lightning.adapters import AdapterConfig, adapter_layers, inject_adapters
+from dora_lightning.adapters.config import outside
 from dora_lightning.backbones.backbone import Backbone
 from dora_lightning.backbones.causal_lm import (
     check_plain_logits,
@@ -135,7 +136,7 @@ class DoRALlava(Backbone):
         wanted = {"vision_tower": self.vision_tower_training, "projector": self.projector_training}
         parts = {"vision_tower": _part(model, _TOWERS), "projector": _part(model, _PROJECTORS)}
         adapted = [_name_of(model, model.get_decoder()), *(parts[p] for p in wanted if wanted[p] == "adapted")]
-        inject_adapters(model, replace(self.adapter, exclude_modules=_outside(adapted, self.adapter.exclude_modules)))
+        inject_adapters(model, replace(self.adapter, exclude_modules=outside(adapted, self.adapter.exclude_modules)))
         for part, training in wanted.items():
             module = model.get_submodule(parts[part])
             if training == "full":
@@ -237,15 +238,6 @@ def _part(model: PreTrainedModel, names: Sequence[str]) -> str:
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
-
-
-def _outside(parts: Sequence[str], excluded: str | list[str]) -> str:
-    """Regular expression that matches what lies in none of the parts, and what is excluded anyway."""
-    inside = "|".join(re.escape(part) for part in parts)
-    outside = rf"(?!(?:{inside})\.).*"
-    if isinstance(excluded, str):
-        return rf"{excluded}|{outside}"
-    return "|".join([*(rf"(?:.*\.)?{re.escape(name)}" for name in excluded), outside])
 
 
 def _cast_inputs(part: nn.Module) -> None:
