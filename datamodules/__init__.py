@@ -20,6 +20,7 @@ from datamodules.everyday_questions import everyday_questions
 from datamodules.hub import load_hub_rows
 from datamodules.instructions import InstructionDataModule
 from datamodules.llava import LlavaInstructions
+from datamodules.loading import Stage
 from datamodules.math_qa import MathQADataModule
 from datamodules.messages import Dialogue, dialogue_of_row, read_messages
 from datamodules.packing import PackingCollator, PackingSampler, pack_lengths
@@ -29,7 +30,7 @@ from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, read_row
 from datamodules.sampling import LengthGroupedSampler
 from datamodules.subsets import split_off
 from datamodules.templates import TEMPLATES, PromptTemplate, get_template
-from datamodules.text import Stage, TextDataModule
+from datamodules.text import TextDataModule
 from datamodules.vision import VisionCollator, VisionDataModule
 from datamodules.vqa import VQADataModule
 from datamodules.vqa_sets import EvaluationSet

@@ -17,9 +17,10 @@ from datamodules.commonsense_rows import (
     recognise_task,
     render_row,
 )
+from datamodules.loading import Stage
 from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, require_field
 from datamodules.templates import get_template
-from datamodules.text import Stage, TextDataModule
+from datamodules.text import TextDataModule
 from dora_lightning.data import Sample
 
 Split: TypeAlias = Literal["train", "test"]

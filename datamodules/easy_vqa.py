@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from datamodules.text import Stage
+from datamodules.loading import Stage
 from datamodules.vision import AspectRatio, VisionDataModule
 from datamodules.vqa_rows import SHORT_ANSWER, VisualQuestion
 from dora_lightning.data import Sample

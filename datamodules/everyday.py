@@ -1,8 +1,9 @@
 """Everyday questions that the project writes itself, for the quickstart: a few hundred, held-out things in the test."""
 
 from datamodules.everyday_questions import everyday_questions
+from datamodules.loading import Stage
 from datamodules.templates import get_template
-from datamodules.text import Stage, TextDataModule
+from datamodules.text import TextDataModule
 from dora_lightning.data import Sample
 
 

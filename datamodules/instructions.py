@@ -12,11 +12,12 @@ from datamodules.conversation import (
     get_conversation_template,
 )
 from datamodules.hub import load_hub_rows
+from datamodules.loading import Stage
 from datamodules.messages import Dialogue, dialogue_of_row, has_messages
 from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, require_field
 from datamodules.subsets import split_off
 from datamodules.templates import TEMPLATES, PromptTemplate
-from datamodules.text import Stage, TextDataModule
+from datamodules.text import TextDataModule
 from dora_lightning.data import Sample
 
 

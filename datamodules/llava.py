@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from datamodules.loading import Stage
 from datamodules.rows import OnBadRow, Row, convert_file
-from datamodules.text import Stage
 from datamodules.vision import AspectRatio, VisionDataModule
 from dora_lightning.data import Sample
 from dora_lightning.images import IMAGE

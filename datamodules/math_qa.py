@@ -2,8 +2,9 @@
 
 from datamodules.hub import load_hub_rows
 from datamodules.instructions import check_files, check_sources
+from datamodules.loading import Stage
 from datamodules.rows import OnBadRow, Row, convert_rows, read_rows, require_field
-from datamodules.text import Stage, TextDataModule
+from datamodules.text import TextDataModule
 from dora_lightning.data import Sample
 
 _PROMPT = "###Question:\n{question}\n###Answer:\n"

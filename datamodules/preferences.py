@@ -7,11 +7,12 @@ from datamodules.conversation import ConversationTemplate, TokenizerTemplate, ge
 from datamodules.encoding import Collator, EncodedSample, encode_samples
 from datamodules.hub import load_hub_rows
 from datamodules.instructions import check_files, check_sources, check_template
+from datamodules.loading import Stage
 from datamodules.messages import Dialogue, read_messages
 from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, require_field
 from datamodules.subsets import split_off
 from datamodules.templates import TEMPLATES
-from datamodules.text import Stage, TextDataModule
+from datamodules.text import TextDataModule
 from dora_lightning.data import Sample
 
 _NONE = "none"

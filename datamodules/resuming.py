@@ -1,5 +1,6 @@
 """Going on in the middle of an epoch with exactly the batches that an uninterrupted run would have seen."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -54,9 +55,12 @@ class ResumableDataLoader(DataLoader):
         """What decides which samples a batch holds."""
         if not isinstance(self.sampler, LengthGroupedSampler):
             return {}  # Lightning put another one in, as it does for `overfit_batches`
+        size, replicas = self.sampler.batch_size, self.sampler.num_replicas
         return {
             "samples": len(self.sampler.lengths),
-            "global_batch_size": self.sampler.num_replicas * self.sampler.batch_size,
+            "global_batch_size": {str(name): replicas * own for name, own in size.items()}
+            if isinstance(size, Mapping)
+            else replicas * size,
             "seed": self.sampler.seed,
         }
 

@@ -1,6 +1,6 @@
 """Batches of samples of like length and of one kind, so that little of a batch is padding."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import torch
 from torch.utils.data import DistributedSampler
@@ -32,16 +32,19 @@ class LengthGroupedSampler(DistributedSampler):
 
     Args:
         lengths: The length of each sample, in tokens.
-        batch_size: Samples in a batch on one rank.
+        batch_size: Samples in a batch on one rank; or a number for each group, by its name.
         shuffle: Training order rather than evaluation order.
         seed: Seed of the training order.
         num_replicas: Ranks that share the data; from ``torch.distributed`` if None, 1 where it is not initialised.
         rank: Which of them this is; likewise.
         groups: The group of each sample, such as whether it has images; None if they are all of one.
         group_by_length: Sort training samples by length; False for batches of any lengths, to compare with.
+        count_epochs: Add ``epoch * samples`` to each index of training, for a data set that gives a sample another
+            face in each epoch: ``divmod(index, samples)`` is the epoch and the sample, in any process.
 
     Raises:
-        ValueError: There are no samples, not as many groups as lengths, or ``batch_size`` is not positive.
+        ValueError: There are no samples, not as many groups as lengths, or ``batch_size`` is not positive or names
+            other groups.
 
     Example::
 
@@ -53,18 +56,20 @@ class LengthGroupedSampler(DistributedSampler):
     def __init__(
         self,
         lengths: Sequence[int],
-        batch_size: int,
+        batch_size: int | Mapping[Hashable, int],
         shuffle: bool = True,
         seed: int = 0,
         num_replicas: int | None = None,
         rank: int | None = None,
         groups: Sequence[Hashable] | None = None,
         group_by_length: bool = True,
+        count_epochs: bool = False,
     ) -> None:
         if len(lengths) == 0:
             raise ValueError("there are no samples to draw batches from")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+        for size in batch_size.values() if isinstance(batch_size, Mapping) else [batch_size]:
+            if size < 1:
+                raise ValueError(f"batch_size must be at least 1, found {size}")
         if groups is not None and len(groups) != len(lengths):
             raise ValueError(f"expected one group for each of {len(lengths)} samples, found {len(groups)}")
         in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -77,7 +82,10 @@ class LengthGroupedSampler(DistributedSampler):
         self.lengths = torch.as_tensor(lengths)
         self.batch_size = batch_size
         self.group_by_length = group_by_length
+        self.count_epochs = count_epochs
         self._groups = self._by_longest(groups)
+        if isinstance(batch_size, Mapping) and (unknown := self._groups.keys() - batch_size.keys()):
+            raise ValueError(f"batch_size: no number for {min(map(str, unknown))}, found {dict(batch_size)}")
         self.skip_batches = 0
         """Batches of this epoch that were seen before a restart; iteration leaves them out until the epoch changes."""
         self.epoch_offset = 0
@@ -102,47 +110,54 @@ class LengthGroupedSampler(DistributedSampler):
     def __len__(self) -> int:
         """Batches of this rank in a whole epoch, whatever is skipped."""
         if self.shuffle:
-            return sum(self._global_batches(group) for group in self._groups)
+            return sum(map(self._global_batches, self._groups))
         return len(self._evaluation_batches())
 
     def _training_batches(self) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        global_batches = torch.cat([self._shuffled(group, generator) for group in self._groups])
-        global_batches = global_batches[torch.randperm(len(global_batches), generator=generator)]
+        global_batches = [batch for name in self._groups for batch in self._shuffled(name, generator)]
+        offset = self.epoch * len(self.lengths) if self.count_epochs else 0
         # dealt out in turn, so that each rank gets as many long ones as the others
-        return global_batches[:, self.rank :: self.num_replicas].tolist()
+        return [
+            (global_batches[place][self.rank :: self.num_replicas] + offset).tolist()
+            for place in torch.randperm(len(global_batches), generator=generator).tolist()
+        ]
 
-    def _shuffled(self, group: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Global batches ``[batches, samples]`` of one group."""
-        global_batch = self.num_replicas * self.batch_size
+    def _shuffled(self, name: Hashable, generator: torch.Generator) -> Sequence[torch.Tensor]:
+        """Global batches of one group, each ``[samples]``."""
+        group = self._groups[name]
+        global_batch = self.num_replicas * self._batch_size(name)
         order = group[torch.randperm(len(group), generator=generator)]
         # repeated as often as needed: there may be fewer samples than one global batch holds
-        places = self._global_batches(group) * global_batch
+        places = self._global_batches(name) * global_batch
         filled = order.repeat(-(-places // len(order)))[:places]
         if self.group_by_length:
             filled = torch.cat([self._longest_first(mega) for mega in filled.split(MEGA_BATCH * global_batch)])
-        return filled.view(-1, global_batch)
+        return filled.view(-1, global_batch).unbind()
 
-    def _global_batches(self, group: torch.Tensor) -> int:
-        return -(-len(group) // (self.num_replicas * self.batch_size))
+    def _batch_size(self, name: Hashable) -> int:
+        return self.batch_size[name] if isinstance(self.batch_size, Mapping) else self.batch_size
+
+    def _global_batches(self, name: Hashable) -> int:
+        return -(-len(self._groups[name]) // (self.num_replicas * self._batch_size(name)))
 
     def _evaluation_batches(self) -> list[list[int]]:
-        return [batch for group in self._groups for batch in self._dealt_out(group)]
+        return [batch for name in self._groups for batch in self._dealt_out(name)]
 
-    def _dealt_out(self, group: torch.Tensor) -> list[list[int]]:
+    def _dealt_out(self, name: Hashable) -> list[list[int]]:
         """This rank's evaluation batches of one group."""
-        order = self._longest_first(group)
+        order = self._longest_first(self._groups[name])
         largest_share = -(-len(order) // self.num_replicas)
-        count = -(-largest_share // self.batch_size)
+        count = -(-largest_share // self._batch_size(name))
         share = order[self.rank :: self.num_replicas]
         return [batch.tolist() for batch in share.tensor_split(count) if len(batch)]
 
-    def _by_longest(self, groups: Sequence[Hashable] | None) -> list[torch.Tensor]:
+    def _by_longest(self, groups: Sequence[Hashable] | None) -> dict[Hashable, torch.Tensor]:
         """The samples of each group, the group with the longest sample first."""
         members: dict[Hashable, list[int]] = {}
         for index in self._longest_first(torch.arange(len(self.lengths))).tolist():
             members.setdefault(None if groups is None else groups[index], []).append(index)
-        return [torch.tensor(sorted(indices)) for indices in members.values()]
+        return {name: torch.tensor(sorted(indices)) for name, indices in members.items()}
 
     def _longest_first(self, indices: torch.Tensor) -> torch.Tensor:
         return indices[self.lengths[indices].argsort(descending=True, stable=True)]

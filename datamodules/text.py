@@ -1,27 +1,22 @@
-"""The base of the text datamodules: samples in, padded batches out, resumable in the middle of an epoch."""
+"""The base of the text datamodules: samples in, padded batches out."""
 
 from abc import abstractmethod
 from collections import Counter
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.encoding import Collator, EncodedDataset, EncodedSample, encode_samples
+from datamodules.loading import SampledDataModule, Stage
 from datamodules.packing import PackingCollator, PackingSampler
-from datamodules.resuming import ResumableDataLoader, resume_sampler
 from datamodules.rows import OnBadRow
 from datamodules.sampling import LengthGroupedSampler
 from dora_lightning.data import Sample
 from dora_lightning.pretrained import load_tokenizer
 
-Stage: TypeAlias = Literal["train", "validate", "test"]
 
-
-class TextDataModule(LightningDataModule):
+class TextDataModule(SampledDataModule):
     """Turns the samples that a subclass builds into batches for a causal language model.
 
     A subclass implements :meth:`build_samples`. Batches are dicts of ``input_ids``, ``attention_mask`` and ``labels``
@@ -58,44 +53,23 @@ class TextDataModule(LightningDataModule):
         group_by_length: bool = True,
         packing_len: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(eval_batch_size, num_workers, seed)
         if packing_len is not None and packing_len < cutoff_len:
             raise ValueError(
                 f"packing_len={packing_len} must be at least cutoff_len={cutoff_len}: every sample is to fit in a row"
             )
         self.tokenizer_name = tokenizer
         self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
         self.cutoff_len = cutoff_len
         self.train_on_inputs = train_on_inputs
-        self.num_workers = num_workers
-        self.seed = seed
         self.on_bad_row = on_bad_row
         self.group_by_length = group_by_length
         self.packing_len = packing_len
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        self._datasets: dict[Stage, EncodedDataset] = {}
 
     @abstractmethod
     def build_samples(self, stage: Stage) -> list[Sample]:
         """The samples of one stage; an empty list if there are none."""
-
-    def setup(self, stage: str) -> None:
-        """Load the tokenizer and encode the samples that ``stage`` needs; what is there already is kept.
-
-        Raises:
-            ValueError: There is nothing to train on, or ``cutoff_len`` leaves no target of any sample.
-        """
-        # the test set is what predictions are made for
-        wanted: dict[str, tuple[Stage, ...]] = {
-            "fit": ("train", "validate"),
-            "validate": ("validate",),
-            "test": ("test",),
-            "predict": ("test",),
-        }
-        for name in wanted[stage]:
-            if name not in self._datasets:
-                self._datasets[name] = self._encode(name)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, once, when the first stage is set up."""
@@ -111,7 +85,12 @@ class TextDataModule(LightningDataModule):
         assert self.tokenizer is not None
         return Collator(self.tokenizer.pad_token_id, self.cutoff_len)
 
-    def _encode(self, stage: Stage) -> EncodedDataset:
+    def encoded(self, stage: Stage) -> EncodedDataset:
+        """The samples of one stage as tokens; what has no target left is left out of training and validation.
+
+        Raises:
+            ValueError: There is nothing to train on, or ``cutoff_len`` leaves no target of any sample.
+        """
         if self.tokenizer is None:
             self.tokenizer = self.load_tokenizer()
         encoded = self.encode(self.build_samples(stage))
@@ -137,58 +116,16 @@ class TextDataModule(LightningDataModule):
         """The training samples as they come into batches: here, as they are."""
         return encoded
 
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled batches of like length; goes on where a checkpoint stopped, to the batch."""
-        dataset = self._datasets["train"]
-        options = {"seed": self.seed, "group_by_length": self.group_by_length, **self._replicas()}
-        collator = self.collator()
-        sampler: LengthGroupedSampler
+    def train_sampler(self, dataset: EncodedDataset, **replicas: Any) -> LengthGroupedSampler:
+        """Batches of like length and one modality, or rows filled up."""
+        options = {"seed": self.seed, "group_by_length": self.group_by_length, **replicas}
         if self.packing_len is None:
-            sampler = LengthGroupedSampler(dataset.lengths, self.batch_size, groups=dataset.groups, **options)
-        else:
-            assert self.tokenizer is not None
-            sampler = PackingSampler(dataset.lengths, self.packing_len, self.batch_size, **options)
-            collator = PackingCollator(self.tokenizer.pad_token_id, self.packing_len)
-        if self.trainer is not None:
-            resume_sampler(self.trainer, sampler)
-        return self._loader(dataset, sampler, collator, ResumableDataLoader)
+            return LengthGroupedSampler(dataset.lengths, self.batch_size, groups=dataset.groups, **options)
+        return PackingSampler(dataset.lengths, self.packing_len, self.batch_size, **options)
 
-    def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Every validation sample once, longest first; no loader if there are none."""
-        return self._eval_dataloader("validate")
-
-    def test_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Every test sample once, longest first."""
-        return self._eval_dataloader("test")
-
-    def predict_dataloader(self) -> DataLoader | list[DataLoader]:
-        """The test samples."""
-        return self._eval_dataloader("test")
-
-    def _eval_dataloader(self, stage: Stage) -> DataLoader | list[DataLoader]:
-        dataset = self._datasets[stage]
-        if not len(dataset):
-            return []
-        sampler = LengthGroupedSampler(
-            dataset.lengths, self.eval_batch_size, shuffle=False, groups=dataset.groups, **self._replicas()
-        )
-        return self._loader(dataset, sampler, self.collator(), DataLoader)
-
-    def _loader(
-        self, dataset: EncodedDataset, sampler: LengthGroupedSampler, collator: Collator, cls: type[DataLoader]
-    ) -> DataLoader:
-        return cls(
-            dataset,
-            sampler=sampler,
-            batch_size=None,  # the sampler yields whole batches
-            collate_fn=collator,
-            num_workers=self.num_workers,
-            # each iterator draws a seed; from torch's own generator, a run that is resumed at the end of an epoch, and
-            # makes one iterator less, would drop other values than the uninterrupted one
-            generator=torch.Generator(),
-            persistent_workers=self.num_workers > 0,
-        )
-
-    def _replicas(self) -> dict[str, Any]:
-        # the strategy knows which ranks share a batch, as those of one tensor-parallel group do
-        return (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
+    def train_collator(self) -> Collator | PackingCollator:
+        """What makes a training batch."""
+        if self.packing_len is None:
+            return self.collator()
+        assert self.tokenizer is not None
+        return PackingCollator(self.tokenizer.pad_token_id, self.packing_len)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from datamodules.loading import Stage
 from datamodules.rows import OnBadRow
-from datamodules.text import Stage
 from datamodules.vision import AspectRatio, VisionDataModule
 from datamodules.vqa_choice_files import read_mmbench, read_pope, read_scienceqa
 from datamodules.vqa_files import read_gqa, read_textvqa, read_vizwiz, read_vqav2

@@ -1,0 +1,128 @@
+"""The base of all datamodules: batches of like length out of encoded samples, resumable in the middle of an epoch."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from datamodules.resuming import ResumableDataLoader, resume_sampler
+from datamodules.sampling import LengthGroupedSampler
+
+Stage: TypeAlias = Literal["train", "validate", "test"]
+
+
+class SampledDataset(Protocol):
+    """Encoded samples, drawn a whole batch at a time."""
+
+    lengths: Sequence[int]
+    groups: Sequence[Hashable]
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def __getitem__(self, indices: Any) -> list[Any]:
+        """The samples of one batch."""
+
+
+class SampledDataModule(LightningDataModule):
+    """Encodes the samples of each stage once, and makes loaders of them.
+
+    A subclass implements :meth:`encoded`, :meth:`collator` and :meth:`train_sampler`.
+
+    Args:
+        eval_batch_size: Validation and test samples in a batch, per device.
+        num_workers: Processes that collate.
+        seed: Seed of the order of training batches.
+    """
+
+    def __init__(self, eval_batch_size: int, num_workers: int, seed: int) -> None:
+        super().__init__()
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self._datasets: dict[Stage, Any] = {}
+
+    @abstractmethod
+    def encoded(self, stage: Stage) -> SampledDataset:
+        """The encoded samples of one stage."""
+
+    @abstractmethod
+    def collator(self) -> Callable[[list[Any]], dict[str, Any]]:
+        """What makes a batch of encoded samples."""
+
+    @abstractmethod
+    def train_sampler(self, dataset: Any, **replicas: Any) -> LengthGroupedSampler:
+        """What draws training batches.
+
+        Args:
+            dataset: What :meth:`encoded` returned for training.
+            replicas: ``num_replicas`` and ``rank``, or nothing.
+        """
+
+    def train_collator(self) -> Callable[[list[Any]], dict[str, Any]]:
+        """What makes a training batch: here, as any other."""
+        return self.collator()
+
+    def setup(self, stage: str) -> None:
+        """Encode the samples that ``stage`` needs; what is there already is kept."""
+        # the test set is what predictions are made for
+        wanted: dict[str, tuple[Stage, ...]] = {
+            "fit": ("train", "validate"),
+            "validate": ("validate",),
+            "test": ("test",),
+            "predict": ("test",),
+        }
+        for name in wanted[stage]:
+            if name not in self._datasets:
+                self._datasets[name] = self.encoded(name)
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled batches of like length; goes on where a checkpoint stopped, to the batch."""
+        dataset = self._datasets["train"]
+        sampler = self.train_sampler(dataset, **self._replicas())
+        if self.trainer is not None:
+            resume_sampler(self.trainer, sampler)
+        return self._loader(dataset, sampler, self.train_collator(), ResumableDataLoader)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Every validation sample once, longest first; no loader if there are none."""
+        return self._eval_dataloader("validate")
+
+    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Every test sample once, longest first."""
+        return self._eval_dataloader("test")
+
+    def predict_dataloader(self) -> DataLoader | list[DataLoader]:
+        """The test samples."""
+        return self._eval_dataloader("test")
+
+    def _eval_dataloader(self, stage: Stage) -> DataLoader | list[DataLoader]:
+        dataset = self._datasets[stage]
+        if not len(dataset):
+            return []
+        sampler = LengthGroupedSampler(
+            dataset.lengths, self.eval_batch_size, shuffle=False, groups=dataset.groups, **self._replicas()
+        )
+        return self._loader(dataset, sampler, self.collator(), DataLoader)
+
+    def _loader(
+        self, dataset: Any, sampler: LengthGroupedSampler, collator: Callable[..., Any], cls: type[DataLoader]
+    ) -> DataLoader:
+        return cls(
+            dataset,
+            sampler=sampler,
+            batch_size=None,  # the sampler yields whole batches
+            collate_fn=collator,
+            num_workers=self.num_workers,
+            # each iterator draws a seed; from torch's own generator, a run that is resumed at the end of an epoch, and
+            # makes one iterator less, would drop other values than the uninterrupted one
+            generator=torch.Generator(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _replicas(self) -> dict[str, Any]:
+        # the strategy knows which ranks share a batch, as those of one tensor-parallel group do
+        return (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
