@@ -39,6 +39,9 @@ class Asked(NamedTuple):
     options: tuple[str, ...] = ()
     """Texts to rank, where the task is judged so."""
 
+    shuffle: int | None = None
+    """Seed by which the frames of its video are put in another order, to see what the order is worth; None for none."""
+
     max_target_tokens: int = 10
     """Most tokens of a target, special tokens included."""
 

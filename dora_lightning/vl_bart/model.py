@@ -20,7 +20,11 @@ from transformers.models.bart.modeling_bart import BartEncoder
 from dora_lightning.open_clip_tower import OpenClipTower, OpenClipVision, build_tower
 
 # of pixels, and of features that were computed before
-VISION_INPUTS = ("features", "boxes", "image_order", "object_order", "visual_mask", "pixel_values", "image_counts")
+VISION_INPUTS = (
+    *("features", "boxes", "image_order", "object_order", "visual_mask"),
+    *("pixel_values", "image_counts"),
+    "visual_index",
+)
 
 
 class VLBartConfig(BartConfig):
@@ -149,6 +153,8 @@ class VLBart(BartForConditionalGeneration):
             attention_mask: ``[B, T]``, 0 on padding.
             vision: ``features [B, V, C]`` with ``image_order``, ``object_order``, ``visual_mask`` and, if there are
                 any, ``boxes``; or ``pixel_values [N, 3, height, width]`` with ``image_counts [B]``. Nothing for text.
+                With ``visual_index [B]`` these are of fewer things to look at, and it says which of them each sample
+                looks at.
 
         Raises:
             ValueError: inputs that are none of these, or not as many images as counted.
@@ -164,7 +170,10 @@ class VLBart(BartForConditionalGeneration):
             visual = self.visual_embedding(
                 tokens.features, given.get("boxes"), tokens.image_order, tokens.object_order, weight
             )
-            attention_mask = torch.cat([attention_mask, tokens.mask.to(attention_mask)], dim=1)
+            seen = tokens.mask.to(attention_mask)
+            if (index := given.get("visual_index")) is not None:
+                visual, seen = visual[index], seen[index]
+            attention_mask = torch.cat([attention_mask, seen], dim=1)
         return joint_encode(encoder, input_ids, visual, attention_mask), attention_mask
 
     def forward(
@@ -183,7 +192,7 @@ class VLBart(BartForConditionalGeneration):
             encoder_outputs, input_ids = BaseModelOutput(last_hidden_state=hidden), None
         return super().forward(input_ids, attention_mask, encoder_outputs=encoder_outputs, **options)
 
-    def _from_pixels(self, pixel_values: Tensor, image_counts: Tensor) -> VisualTokens:
+    def _from_pixels(self, pixel_values: Tensor, image_counts: Tensor, visual_index: Tensor | None = None) -> VisualTokens:
         """The tower's features of each sample's images, in their order, padded to the longest."""
         if self.vision_tower is None:
             raise ValueError("this model has no vision tower: give it features, or a tower (vision) when it is made")
@@ -250,6 +259,7 @@ def _from_features(
     object_order: Tensor,
     visual_mask: Tensor,
     boxes: Tensor | None = None,
+    visual_index: Tensor | None = None,
 ) -> VisualTokens:
     return VisualTokens(features, image_order, object_order, visual_mask)
 

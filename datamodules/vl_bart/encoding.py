@@ -1,0 +1,183 @@
+"""Rows of VL-BART's tasks -> token ids -> padded batches with what they look at.
+
+Shapes: B samples, T tokens of the encoder, L of the decoder.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.image_checks import sample_name
+from datamodules.vl_bart.records import Asked
+from datamodules.vl_bart.truncation import Truncation, fit_text
+from datamodules.vl_bart.visuals import Visuals, feature_inputs, pixel_inputs
+from dora_lightning.data import IGNORE, Sample
+
+
+class EncodedAsked(NamedTuple):
+    """A row, and the tokens ``[T]`` of what the encoder reads of its text."""
+
+    asked: Asked
+    sample: Sample
+    input_ids: Tensor
+
+
+class AskedGroup(NamedTuple):
+    """Rows that are drawn together, since they look at the same."""
+
+    rows: list[EncodedAsked]
+    visit: int = 0
+    """Tells one time that it is drawn from every other; targets are drawn by it."""
+
+
+def encode_asked(
+    rows: Sequence[Asked], tokenizer: PreTrainedTokenizerBase, truncation: Truncation = "subtitles"
+) -> list[EncodedAsked]:
+    """The samples of rows and their tokens; what is too long is cut, see :func:`~..truncation.fit_text`."""
+    encoded = []
+    for asked in rows:
+        prompt = fit_text(tokenizer, asked, truncation)
+        target = max(asked.answers, key=lambda answer: answer[1])[0] if asked.answers else ""
+        sample = Sample(prompt, target, asked.options, asked.references, asked.visuals, asked.source, dict(asked.row))
+        ids = tokenizer(prompt, truncation=True, max_length=asked.max_input_tokens)["input_ids"]
+        encoded.append(EncodedAsked(asked, sample, torch.tensor(ids, dtype=torch.int32)))
+    return encoded
+
+
+class AskedDataset(torch.utils.data.Dataset):
+    """Encoded rows, drawn a whole batch at a time; with ``together``, rows that look at the same are one item.
+
+    An index of ``epoch * items + item`` is the item in that epoch.
+    """
+
+    def __init__(self, encoded: Sequence[EncodedAsked], together: bool = False) -> None:
+        groups: dict[Any, list[EncodedAsked]] = {}
+        for place, item in enumerate(encoded):
+            key = (item.asked.source, item.asked.visuals, item.asked.shuffle) if together else place
+            groups.setdefault(key, []).append(item)
+        self.items = list(groups.values())
+        self.lengths = [max(len(row.input_ids) for row in rows) for rows in self.items]
+        self.groups = [rows[0].asked.source for rows in self.items]
+        """The task of each item: batches are of one."""
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self.items)
+
+    def __getitem__(self, indices: list[int] | int) -> list[AskedGroup]:
+        """The items of one batch; an index alone is a batch of one, where Lightning draws (``overfit_batches``)."""
+        wanted = [indices] if isinstance(indices, int) else indices
+        return [AskedGroup(self.items[index % len(self.items)], index) for index in wanted]
+
+
+class AskedCollator:
+    """Makes a batch of encoded rows of one task.
+
+    Args:
+        tokenizer: The model's.
+        visuals: What each task's rows look at.
+        image_size: Pixels of a side, where a tower is to see them.
+        mean: As in :func:`~datamodules.vl_bart.visuals.pixel_inputs`.
+        std: Likewise.
+        draw: Draw a row's target in proportion to its answers' scores; else the best one is taken.
+        seed: Seed of that.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        visuals: dict[str, Visuals],
+        image_size: int | None,
+        mean: Sequence[float],
+        std: Sequence[float],
+        draw: bool,
+        seed: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.visuals = visuals
+        self.image_size = image_size
+        self.mean, self.std = mean, std
+        self.draw = draw
+        self.seed = seed
+
+    def __call__(self, groups: list[AskedGroup]) -> dict[str, Any]:
+        """Make the batch.
+
+        Raises:
+            ValueError: Something to look at cannot be opened; the message names the row.
+        """
+        rows = [row for group in groups for row in group.rows]
+        answers = [
+            self._answer(row.asked, f"{self.seed}/{group.visit}/{place}")
+            for group in groups
+            for place, row in enumerate(group.rows)
+        ]
+        targets = [self._target(text, row.asked) for (text, _), row in zip(answers, rows, strict=True)]
+        pad = int(self.tokenizer.pad_token_id)
+        lengths = torch.tensor([len(row.input_ids) for row in rows])
+        input_ids = pad_sequence([row.input_ids for row in rows], batch_first=True, padding_value=pad).long()
+        batch: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+            "labels": pad_sequence(targets, batch_first=True, padding_value=IGNORE),
+            "samples": [row.sample for row in rows],
+            "vision": self._vision(rows),
+        }
+        if rows[0].asked.mean_by_sample:
+            weights = [score if row.asked.weighted else 1.0 for (_, score), row in zip(answers, rows, strict=True)]
+            batch["row_weights"] = torch.tensor(weights)
+        return batch
+
+    def _answer(self, asked: Asked, visit: str) -> tuple[str, float]:
+        if not asked.answers:
+            return "", 0.0
+        if not self.draw or len(asked.answers) == 1:
+            return max(asked.answers, key=lambda answer: answer[1])
+        # by the visit alone: the same on any number of processes, with or without workers, and when a run goes on
+        return random.Random(visit).choices(asked.answers, [score for _, score in asked.answers])[0]
+
+    def _target(self, text: str, asked: Asked) -> Tensor:
+        """Tokens ``[L]`` of a target; none of one that is hidden."""
+        if not text:
+            return torch.full((1,), IGNORE)
+        return torch.tensor(self.tokenizer(text, truncation=True, max_length=asked.max_target_tokens)["input_ids"])
+
+    def _vision(self, rows: list[EncodedAsked]) -> dict[str, Tensor]:
+        """What the rows look at, each thing once, and ``visual_index [B]`` where several look at the same."""
+        visuals = self.visuals[rows[0].asked.source]
+        places: dict[Any, int] = {}
+        seen: list[Any] = []
+        for row in rows:
+            key = (row.asked.visuals, row.asked.shuffle)
+            if key not in places:
+                places[key] = len(seen)
+                seen.append(self._seen(visuals, row))
+        if visuals.from_features:
+            vision = feature_inputs(seen, visuals.of_videos)
+        else:
+            vision = pixel_inputs(seen, self.mean, self.std)
+        if len(seen) < len(rows):
+            vision["visual_index"] = torch.tensor([places[row.asked.visuals, row.asked.shuffle] for row in rows])
+        return vision
+
+    def _seen(self, visuals: Visuals, row: EncodedAsked) -> Any:
+        try:
+            if visuals.from_features:
+                return [_shuffled(visuals.features(name), row.asked) for name in row.asked.visuals]
+            assert self.image_size is not None
+            pixels = [_shuffled(visuals.pixels(name, self.image_size), row.asked) for name in row.asked.visuals]
+            return torch.cat(pixels)
+        except ValueError as error:
+            raise ValueError(f"{sample_name(row.sample)}: {error}") from error
+
+
+def _shuffled(moments: Tensor, asked: Asked) -> Tensor:
+    if asked.shuffle is None:
+        return moments
+    generator = torch.Generator().manual_seed(asked.shuffle)
+    return moments[torch.randperm(len(moments), generator=generator)]

@@ -1,0 +1,208 @@
+"""What VL-BART looks at: features that were computed before, or pixels of images and of videos' frames.
+
+Shapes: U different things to look at in a batch, V visual tokens, C features of one, N images or frames of all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dora_lightning.feature_files import FeatureFolder, fit_rows, pool_grid
+from dora_lightning.images import check_image, open_image
+from dora_lightning.videos import VIDEO_SUFFIXES, check_video, read_frames, sample_times
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+
+
+@dataclass
+class VisualFiles:
+    """Where a task's images or videos are, or the features that were computed of them; one of the three.
+
+    Args:
+        features: Folder of feature files, see :class:`~dora_lightning.feature_files.FeatureFolder`.
+        images: Folder of images, with any folders in it; ids that are paths of files need none.
+        videos: Folder of videos, likewise.
+        grid_rows: Rows that an image's features are max-pooled to, as published 36 of 49; null for all of them.
+        video_rows: Rows that a video's features are brought to, as published: filled up with zeros, or max-pooled over
+            time. Null for as many as there are, where what fills a batch up is masked.
+        every: Seconds from one frame of a video to the next, read on the fly.
+        frames: Frames of a video instead, evenly spread over it.
+
+    Raises:
+        ValueError: More than one of the three, or options that do not go with them.
+    """
+
+    features: str | None = None
+    images: str | None = None
+    videos: str | None = None
+    grid_rows: int | None = 36
+    video_rows: int | None = 64
+    every: float | None = None
+    frames: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check what goes together."""
+        given = [name for name in ("features", "images", "videos") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of features, images and videos, found {' and '.join(given)}")
+        for name in given:
+            if not Path(getattr(self, name)).is_dir():
+                raise FileNotFoundError(f"{name}: no such folder: {getattr(self, name)}")
+        if self.every is not None and self.frames is not None:
+            raise ValueError("give every or frames, the distance or the number of a video's frames, not both")
+        if self.features is not None and (self.every or self.frames):
+            raise ValueError("features were computed of frames already; every and frames are for videos")
+
+
+class Visuals:
+    """Opens what a task's rows look at.
+
+    Args:
+        files: Where it is.
+        of_videos: Whether an id names a video.
+        keep: Keep pixels in memory once they were read.
+    """
+
+    def __init__(self, files: VisualFiles, of_videos: bool, keep: bool = False) -> None:
+        self.files = files
+        self.of_videos = of_videos
+        self.keep = keep
+        self._pixels: dict[str, Tensor] = {}
+
+    @property
+    def from_features(self) -> bool:
+        """Whether features were computed before."""
+        return self.files.features is not None
+
+    def check(self, name: str, decode: bool) -> None:
+        """See whether what an id stands for can be read.
+
+        Args:
+            name: The id.
+            decode: Decode images and videos whole; else read their headers alone.
+
+        Raises:
+            ValueError: It is missing or broken.
+        """
+        if self.from_features:
+            if name not in self._features:
+                raise ValueError(f"no features of {name!r} in {self.files.features}")
+        elif self.of_videos:
+            check_video(self.path(name), decode)
+        else:
+            check_image(self.path(name), decode)
+
+    def features(self, name: str) -> Tensor:
+        """Features ``[rows, C]`` of an image, or of a video's moments."""
+        features = self._features.read(name)
+        if self.of_videos:
+            return features if self.files.video_rows is None else fit_rows(features, self.files.video_rows)
+        return features if self.files.grid_rows is None else pool_grid(features, self.files.grid_rows)
+
+    def pixels(self, name: str, size: int) -> Tensor:
+        """Images or frames, ``[N, 3, size, size]`` of uint8, scaled straight to the square.
+
+        Args:
+            name: The id.
+            size: Pixels of a side.
+
+        Raises:
+            ValueError: The file is missing or broken.
+        """
+        pixels = self._pixels.get(name)
+        if pixels is None:
+            pixels = torch.stack([_scaled(image, size) for image in self._open(name)])
+            if self.keep:
+                self._pixels[name] = pixels
+        return pixels
+
+    def path(self, name: str) -> str:
+        """The file of an id.
+
+        Raises:
+            ValueError: There is none.
+        """
+        folder = self.files.videos if self.of_videos else self.files.images
+        if folder is None:
+            return name
+        if name not in self._paths:
+            kind = "video" if self.of_videos else "image"
+            raise ValueError(f"no {kind} {name!r} in {folder}")
+        return self._paths[name]
+
+    def _open(self, name: str) -> list[Image.Image]:
+        path = self.path(name)
+        if not self.of_videos:
+            return [open_image(path)]
+        every = self.files.every if self.files.frames is not None or self.files.every is not None else 1.5
+        times = sample_times((0.0, check_video(path, decode=False).duration), every=every, count=self.files.frames)
+        return read_frames(path, times)
+
+    @cached_property
+    def _features(self) -> FeatureFolder:
+        assert self.files.features is not None
+        return FeatureFolder(self.files.features)
+
+    @cached_property
+    def _paths(self) -> dict[str, str]:
+        folder = self.files.videos if self.of_videos else self.files.images
+        suffixes = VIDEO_SUFFIXES if self.of_videos else _IMAGE_SUFFIXES
+        assert folder is not None
+        paths: dict[str, str] = {}
+        for path in sorted(Path(folder).rglob("*")):
+            if path.suffix.lower() in suffixes:
+                if path.stem in paths:
+                    raise ValueError(f"two files for {path.stem!r}: {paths[path.stem]} and {path}")
+                paths[path.stem] = str(path)
+        return paths
+
+
+def feature_inputs(seen: Sequence[Sequence[Tensor]], of_videos: bool) -> dict[str, Tensor]:
+    """VL-BART's inputs of features that were computed before.
+
+    Args:
+        seen: Of each of U samples, features ``[rows, C]`` of each of its images, or of its one video.
+        of_videos: Whether rows are moments of a video, rather than places of an image.
+
+    Returns:
+        ``features [U, V, C]``, ``image_order``, ``object_order`` and ``visual_mask`` ``[U, V]``, 0 on what fills up.
+    """
+    rows = [torch.cat(list(images)) for images in seen]
+    features = pad_sequence(rows, batch_first=True)
+    image_order = torch.zeros(features.shape[:2], dtype=torch.int64)
+    object_order = torch.zeros_like(image_order)
+    for place, images in enumerate(seen):
+        start = 0
+        for number, image in enumerate(images):
+            end = start + len(image)
+            image_order[place, start:end] = 0 if of_videos else number
+            object_order[place, start:end] = torch.arange(len(image))
+            start = end
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = (torch.arange(features.shape[1]) < lengths[:, None]).long()
+    return {"features": features, "image_order": image_order, "object_order": object_order, "visual_mask": mask}
+
+
+def pixel_inputs(seen: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]) -> dict[str, Tensor]:
+    """VL-BART's inputs of pixels: ``pixel_values [N, 3, size, size]`` and ``image_counts [U]``.
+
+    Args:
+        seen: Of each of U samples, its images or frames ``[n, 3, size, size]`` of uint8.
+        mean: What is taken from each colour of a pixel in [0, 1].
+        std: What it is divided by then.
+    """
+    pixels = torch.cat(list(seen)).float() / 255
+    normalised = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    return {"pixel_values": normalised, "image_counts": torch.tensor([len(images) for images in seen])}
+
+
+def _scaled(image: Image.Image, size: int) -> Tensor:
+    resized = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
