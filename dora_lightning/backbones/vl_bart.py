@@ -68,7 +68,7 @@ class DoRAVLBart(Backbone):
         if unknown := [part for part in also_trained if part not in ALSO_TRAINED]:
             raise ValueError(f"also_trained: unknown part {unknown[0]!r}; there are {', '.join(ALSO_TRAINED)}")
         adapter = (
-            AdapterConfig(rank=128, alpha=128, target_modules=["q_proj", "v_proj"]) if adapter is None else adapter
+            AdapterConfig(rank=128, alpha=128.0, target_modules=["q_proj", "v_proj"]) if adapter is None else adapter
         )
         super().__init__(str(self.parts), adapter, optimizer, lr_scheduler, task, judge_in_validation)
         self.also_trained = tuple(also_trained)
