@@ -1,8 +1,11 @@
 """What is asked, and how an answer is judged."""
 
+from tasks.captioning import Captioning
 from tasks.commonsense import CommonsenseQA
 from tasks.instruction_tuning import InstructionTuning
 from tasks.math_qa import MathQA
+from tasks.mixed import Mixed
+from tasks.nlvr import NLVR
 from tasks.vqa import VQA
 
-__all__ = ["VQA", "CommonsenseQA", "InstructionTuning", "MathQA"]
+__all__ = ["NLVR", "VQA", "Captioning", "CommonsenseQA", "InstructionTuning", "MathQA", "Mixed"]

@@ -106,6 +106,15 @@ def natural_order(question_id: Any) -> list[Any]:
     return [int(part) if odd % 2 else part for odd, part in enumerate(re.split(r"([0-9]+)", str(question_id)))]
 
 
+def file_part(name: str) -> str:
+    """A data set's name as a part of a file's.
+
+    >>> file_part("my/photos, easy_vqa_*")
+    'my_photos_easy_vqa'
+    """
+    return re.sub(r"[^\w.-]+", "_", name).strip("_.")
+
+
 def _order(record: Record) -> tuple[str, list[Any]]:
     return record["source"], natural_order(_field(record, "question_id"))
 

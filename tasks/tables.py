@@ -1,0 +1,30 @@
+"""Measures of several data sets as something to print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich import box
+from rich.table import Table
+from torch import Tensor
+
+
+def data_set_table(title: str, columns: Mapping[str, str], metrics: Mapping[str, Tensor]) -> Table:
+    """Data sets in rows, measures in columns, all times 100; the mean comes last.
+
+    Args:
+        title: heading of the table.
+        columns: measure -> heading of its column.
+        metrics: ``<source>/<measure>`` -> value; ``mean`` may be among the sources.
+    """
+    # light, so that all measures fit in 80 columns
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("data set", overflow="fold")
+    for heading in columns.values():
+        table.add_column(heading, justify="right")
+    sources = list(dict.fromkeys(name.rpartition("/")[0] for name in metrics))
+    for source in sorted(sources, key=lambda name: name == "mean"):
+        if source == "mean":
+            table.add_section()
+        table.add_row(source, *(f"{100 * float(metrics[f'{source}/{name}']):.1f}" for name in columns))
+    return table
