@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dora_lightning.data import Sample
 from dora_lightning.task import Task
-from tasks import NLVR, VQA, Captioning, CommonsenseQA, MathQA, Mixed
+from tasks import NLVR, VQA, Captioning, CommonsenseQA, MathQA, Mixed, VideoQA
 
 WORDS = ("true", "false")
 
@@ -97,6 +97,21 @@ def test_the_headline_is_the_mean_that_papers_report() -> None:
     # of tvc nothing was judged
     assert results["mean/headline"] == pytest.approx((0.8 + 0.5 + 2 / 3 + cider + 2 / 3) / 5)
     assert [name for name in results if name.startswith("mean/")] == ["mean/headline"]
+
+
+def test_the_video_run_too() -> None:
+    task = Mixed({"tvqa, how2qa": VideoQA(), "tvc, yc2c": Captioning(max_new_tokens=19)})
+    choices = ["a cat", "a dog"]
+    for source, texts in (("tvqa", ["a1", "a0"]), ("how2qa", ["a1", "a1"])):
+        task.update([asked(source, "a1", qid=number, choices=choices) for number in range(2)], texts)
+    clips = [asked("yc2c", "stir the pan", clip_id=1), asked("yc2c", "cut it", clip_id=2)]
+    task.update(clips, ["stir the pan", ""])
+    results = {name: float(value) for name, value in task.compute().items()}
+    assert (results["tvqa/accuracy"], results["how2qa/accuracy"]) == (0.5, 1.0)
+    assert results["mean/headline"] == pytest.approx((0.5 + 1 + results["yc2c/cider_d"]) / 3)
+    assert set(task.files(task.records())) == {
+        *("tvqa_submission.json", "how2qa_submission.json", "yc2c_submission.jsonl")
+    }
 
 
 def test_nothing_is_left_after_a_reset() -> None:
