@@ -1,26 +1,22 @@
 """easy-VQA: a small real set of questions about images of one shape, for the quickstart and for tests."""
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import torch
-
+from datamodules.easy_vqa_questions import (
+    ALL_ANSWERS,
+    ANSWERS,
+    EasyQuestion,
+    draw_evenly,
+    draw_per_image,
+    hold_out,
+    read_questions,
+)
 from datamodules.loading import Stage
 from datamodules.vision import AspectRatio, VisionDataModule
 from datamodules.vqa_rows import SHORT_ANSWER, VisualQuestion
 from dora_lightning.data import Sample
 from dora_lightning.images import IMAGE
 from dora_lightning.llava_parts import LlavaParts
-
-ANSWERS = {
-    "shape": ("circle", "rectangle", "triangle"),
-    "color": ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
-    "yes_no": ("yes", "no"),
-}
-"""The 13 answers by kind of question."""
-
-_KINDS = {answer: kind for kind, answers in ANSWERS.items() for answer in answers}
 
 
 class EasyVQADataModule(VisionDataModule):
@@ -123,30 +119,18 @@ class EasyVQADataModule(VisionDataModule):
             ModuleNotFoundError: The package ``easy-vqa`` is not installed.
         """
         if stage == "test":
-            return self._asked_alone(_read("test"), self.test_size)
-        questions = _read("train")
-        images = sorted({question.image_id for question in questions})
-        if self.val_images >= len(images):
-            raise ValueError(f"val_images={self.val_images} must leave something of {len(images)} training images")
-        order = [images[index] for index in _permutation(len(images), self.seed)]
-        held_out, trained = set(order[: self.val_images]), order[self.val_images :][: self.train_images]
-        if stage == "validate":
-            return self._asked_alone(
-                [question for question in questions if question.image_id in held_out], self.val_size
-            )
-        return self._conversations(questions, sorted(trained))
+            return self._asked_alone(read_questions("test"), self.test_size)
+        trained, held_out = hold_out(read_questions("train"), self.val_images, self.train_images, self.seed)
+        return self._conversations(trained) if stage == "train" else self._asked_alone(held_out, self.val_size)
 
-    def _asked_alone(self, questions: list["_Question"], size: int | None) -> list[Sample]:
-        if size is not None and size < len(questions):
-            questions = _draw_evenly(questions, size, self.seed)
-        return [self._sample(question) for question in questions]
+    def _asked_alone(self, questions: list[EasyQuestion], size: int | None) -> list[Sample]:
+        return [self._sample(question) for question in draw_evenly(questions, size, self.seed)]
 
-    def _sample(self, question: "_Question") -> Sample:
+    def _sample(self, question: EasyQuestion) -> Sample:
         assert self.template is not None
-        kind = _KINDS[question.answer]
-        answers = ANSWERS[kind] if self.options == "kind" else tuple(_KINDS)
+        answers = ANSWERS[question.kind] if self.options == "kind" else ALL_ANSWERS
         return VisualQuestion(
-            f"easy_vqa_{kind}",
+            f"easy_vqa_{question.kind}",
             question.number,
             question.text,
             question.text + self.suffix,
@@ -156,21 +140,14 @@ class EasyVQADataModule(VisionDataModule):
             fields={"image_id": question.image_id},
         ).sample(self.template)
 
-    def _conversations(self, questions: list["_Question"], images: Sequence[int]) -> list[Sample]:
-        about: dict[int, list[_Question]] = {}
-        for question in questions:
-            about.setdefault(question.image_id, []).append(question)
+    def _conversations(self, questions: list[EasyQuestion]) -> list[Sample]:
         samples = []
-        for image_id in images:
-            # a seed for each image, so that its conversations do not depend on which others are trained on
-            seed = self.seed + 1_000_003 * (image_id + 1)
-            order = _permutation(len(about[image_id]), seed)[: self.questions_per_image]
-            length = self.questions_per_conversation or len(order)
-            for start in range(0, len(order), length):
-                samples.append(self._conversation([about[image_id][index] for index in order[start : start + length]]))
+        for about in draw_per_image(questions, self.questions_per_image, self.seed).values():
+            length = self.questions_per_conversation or len(about)
+            samples += [self._conversation(about[start : start + length]) for start in range(0, len(about), length)]
         return samples
 
-    def _conversation(self, questions: list["_Question"]) -> Sample:
+    def _conversation(self, questions: list[EasyQuestion]) -> Sample:
         assert self.template is not None
         first, *rest = [(question.text + self.suffix, question.answer) for question in questions]
         turns = [(f"{IMAGE}\n{first[0]}", first[1]), *rest]
@@ -183,45 +160,3 @@ class EasyVQADataModule(VisionDataModule):
         }
         image = questions[-1].image_path
         return Sample(prompt, target, images=(image,), source="easy_vqa", row=row, answered=answered)
-
-
-def _permutation(size: int, seed: int) -> list[int]:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-class _Question(NamedTuple):
-    number: int
-    """Place in the package's file."""
-    text: str
-    answer: str
-    image_id: int
-    image_path: Path
-
-
-def _read(split: Literal["train", "test"]) -> list[_Question]:
-    try:
-        import easy_vqa
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "easy-VQA comes in the package easy-vqa: pip install 'dora-lightning[quickstart]'"
-        ) from error
-    get_questions, get_paths = {
-        "train": (easy_vqa.get_train_questions, easy_vqa.get_train_image_paths),
-        "test": (easy_vqa.get_test_questions, easy_vqa.get_test_image_paths),
-    }[split]
-    paths = {image: Path(path) for image, path in get_paths().items()}
-    rows = zip(*get_questions(), strict=True)
-    return [_Question(number, text, answer, image, paths[image]) for number, (text, answer, image) in enumerate(rows)]
-
-
-def _draw_evenly(questions: list[_Question], size: int, seed: int) -> list[_Question]:
-    """So many of the questions, in their order, each answer as frequent among them as among all."""
-    groups: dict[str, list[int]] = {answer: [] for answer in _KINDS}
-    for index in _permutation(len(questions), seed):
-        groups[questions[index].answer].append(index)
-    # each answer's share rounded down; what is missing goes to the largest remainders
-    shares = {answer: divmod(size * len(group), len(questions)) for answer, group in groups.items()}
-    missing = size - sum(whole for whole, _ in shares.values())
-    topped_up = sorted(shares, key=lambda answer: -shares[answer][1])[:missing]
-    chosen = [index for answer, group in groups.items() for index in group[: shares[answer][0] + (answer in topped_up)]]
-    return [questions[index] for index in sorted(chosen)]

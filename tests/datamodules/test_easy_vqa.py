@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from datamodules.conversation import get_conversation_template
-from datamodules.easy_vqa import ANSWERS, EasyVQADataModule
+from datamodules.easy_vqa import EasyVQADataModule
+from datamodules.easy_vqa_questions import ALL_ANSWERS
 from dora_lightning.data import IGNORE, Sample
 from tests.datamodules.conversation_examples import make_bpe, save_llava_processor
 
@@ -42,7 +43,7 @@ def published(split: str) -> list[tuple[str, str, int]]:
 
 
 def test_answers_are_those_of_the_package() -> None:
-    assert sorted(sum(ANSWERS.values(), ())) == sorted(easy_vqa.get_answers())
+    assert sorted(ALL_ANSWERS) == sorted(easy_vqa.get_answers())
 
 
 def test_one_conversation_holds_all_questions_about_an_image() -> None:
