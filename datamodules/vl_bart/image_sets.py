@@ -34,8 +34,10 @@ class ImageSet:
         if self.prompts not in ("published", "none"):
             raise ValueError(f"prompts must be 'published' or 'none', found {self.prompts!r}")
         for name, limit in (("limit_train", self.limit_train), ("limit_eval", self.limit_eval)):
-            if limit is not None and limit < 1:
-                raise ValueError(f"{name} must be at least 1, or null for all, found {limit}")
+            if limit is not None and (not isinstance(limit, int) or limit < 1):
+                raise ValueError(f"{name} must be at least 1, or null for all, found {limit!r}")
+        for name in SPLITS:
+            self._check_names(name)
 
     def prompt(self, published: str) -> str:
         """The task's prompt, if texts begin with it."""
@@ -58,6 +60,11 @@ class ImageSet:
 
     def _names(self, split: Split) -> list[str]:
         return getattr(self, split)
+
+    def _check_names(self, option: str) -> None:
+        names = getattr(self, option, None)
+        if names is not None and (not isinstance(names, list) or not all(isinstance(name, str) for name in names)):
+            raise ValueError(f"{option} must be a list of files, found {names!r}")
 
     def _existing(self, names: list[str], option: str) -> list[Path]:
         if not Path(self.folder).is_dir():
@@ -88,6 +95,11 @@ class VQAv2Files(ImageSet):
     validate: list[str] = field(default_factory=lambda: ["karpathy_val.json"])
     test: list[str] = field(default_factory=lambda: ["karpathy_test.json"])
     annotations: list[str] = field(default_factory=lambda: ["v2_mscoco_val2014_annotations.json"])
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        self._check_names("annotations")
 
     def annotation_files(self) -> list[Path]:
         """The official files with the answers.
