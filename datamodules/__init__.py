@@ -32,6 +32,7 @@ from datamodules.subsets import split_off
 from datamodules.templates import TEMPLATES, PromptTemplate, get_template
 from datamodules.text import TextDataModule
 from datamodules.vision import VisionCollator, VisionDataModule
+from datamodules.vl_bart import AskedDataModule, VLBartDataModule
 from datamodules.vqa import VQADataModule
 from datamodules.vqa_sets import EvaluationSet
 from dora_lightning.data import IGNORE
@@ -43,6 +44,7 @@ __all__ = [
     "IGNORE",
     "TASKS",
     "TEMPLATES",
+    "AskedDataModule",
     "Collator",
     "CommonsenseDataModule",
     "ConversationTemplate",
@@ -66,6 +68,7 @@ __all__ = [
     "Row",
     "Stage",
     "TextDataModule",
+    "VLBartDataModule",
     "VQADataModule",
     "VisionCollator",
     "VisionDataModule",

@@ -85,10 +85,12 @@ class AskedDataModule(SampledDataModule):
         encoded = self._usable(encode_asked(self.asked(stage), self.tokenizer, self.truncation))
         if stage == "test":
             return AskedDataset(encoded)
-        kept = [item for item in encoded if item.asked.answers]
+        # what has no target is of no use to the loss, but may be judged
+        kept = [item for item in encoded if item.asked.answers or (stage == "validate" and item.asked.references)]
         if stage == "train" and not kept:
             raise ValueError(f"{type(self).__name__} has no training samples")
-        if dropped := Counter(item.asked.source for item in encoded if not item.asked.answers):
+        if len(kept) < len(encoded):
+            dropped = Counter(item.asked.source for item in encoded) - Counter(item.asked.source for item in kept)
             listing = ", ".join(f"{name}: {count}" for name, count in dropped.items())
             rank_zero_warn(f"{stage}: rows without a target were left out ({listing})")
         return AskedDataset(kept, together=self.share_visuals)
