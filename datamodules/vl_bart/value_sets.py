@@ -72,6 +72,11 @@ class VALUEFiles:
             raise ValueError(f"on_missing_span must be 'raise' or 'whole', found {self.on_missing_span!r}")
 
 
+def has_split(source: str, files: VALUEFiles, split: Split) -> bool:
+    """Whether anything says where a split is; arguments as in :func:`annotation_file`."""
+    return getattr(files, split) is not None or (files.folder is not None and source in _LAYOUTS)
+
+
 def annotation_file(source: str, files: VALUEFiles, split: Split) -> Path:
     """The annotations of one split.
 
@@ -89,7 +94,7 @@ def annotation_file(source: str, files: VALUEFiles, split: Split) -> Path:
     named = getattr(files, split)
     if named is not None:
         return _existing(Path(named), f"{source}: {split}")
-    if files.folder is None or source not in _LAYOUTS:
+    if files.folder is None or not has_split(source, files, split):
         known = f"folder or {split}" if source in _LAYOUTS else split
         raise ValueError(f"{source}: give {known}, the file with the annotations of the split {split!r}")
     return _existing(Path(files.folder, source, getattr(_LAYOUTS[source], split)), f"{source}: {split}")
