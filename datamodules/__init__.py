@@ -32,7 +32,7 @@ from datamodules.subsets import split_off
 from datamodules.templates import TEMPLATES, PromptTemplate, get_template
 from datamodules.text import TextDataModule
 from datamodules.vision import VisionCollator, VisionDataModule
-from datamodules.vl_bart import AskedDataModule, VLBartDataModule
+from datamodules.vl_bart import AskedDataModule, MovingShapesDataModule, VLBartDataModule, VLBartEasyVQADataModule
 from datamodules.vqa import VQADataModule
 from datamodules.vqa_sets import EvaluationSet
 from dora_lightning.data import IGNORE
@@ -58,6 +58,7 @@ __all__ = [
     "LengthGroupedSampler",
     "LlavaInstructions",
     "MathQADataModule",
+    "MovingShapesDataModule",
     "OnBadRow",
     "PackingCollator",
     "PackingSampler",
@@ -69,6 +70,7 @@ __all__ = [
     "Stage",
     "TextDataModule",
     "VLBartDataModule",
+    "VLBartEasyVQADataModule",
     "VQADataModule",
     "VisionCollator",
     "VisionDataModule",

@@ -2,5 +2,7 @@
 
 from datamodules.vl_bart.asked import AskedDataModule
 from datamodules.vl_bart.datamodule import VLBartDataModule
+from datamodules.vl_bart.easy_vqa import VLBartEasyVQADataModule
+from datamodules.vl_bart.moving_shapes import MovingShapesDataModule
 
-__all__ = ["AskedDataModule", "VLBartDataModule"]
+__all__ = ["AskedDataModule", "MovingShapesDataModule", "VLBartDataModule", "VLBartEasyVQADataModule"]
