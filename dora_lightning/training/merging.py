@@ -82,7 +82,7 @@ def merge_to_folder(
     # absent from checkpoints that were written before there were such models
     stored = adapter.base.get("stored_names", {})
     updates = {stored.get(name, name): update for name, update in _group_by_module(adapter.tensors).items()}
-    _check_weights_exist(files, updates, source)
+    updates = _of_stored_weights(files, updates, source)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     for leftover in (*output.parent.glob(f".{output.name}.partial-*"), *output.parent.glob(f".{output.name}.old-*")):
@@ -204,17 +204,30 @@ def _group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tenso
     return updates
 
 
-def _check_weights_exist(files: list[Path], updates: Mapping[str, object], source: Path) -> None:
-    present: set[str] = set()
+def _of_stored_weights(
+    files: list[Path], updates: Mapping[str, dict[str, Tensor]], source: Path
+) -> dict[str, dict[str, Tensor]]:
+    """The updates without those of tied weights' further names, which files leave out and checkpoints hold."""
+    stored: set[str] = set()
     for file in files:
         with safe_open(file, framework="pt") as weights:
-            present.update(weights.keys())
-    if missing := sorted(updates.keys() - present):
+            stored.update(weights.keys())
+    present = {name: update for name, update in updates.items() if name in stored}
+    whole = [update["other"] for update in present.values() if "other" in update]
+    missing = sorted(name for name in updates.keys() - stored if not _is_among(updates[name].get("other"), whole))
+    if missing:
         raise ValueError(
             f"{source} has no weight {missing[0]}"
             + (f" (nor {len(missing) - 1} more)" if len(missing) > 1 else "")
             + ", which the adapter belongs to: another base model, or a weight tied to another one"
         )
+    return present
+
+
+def _is_among(tensor: Tensor | None, others: list[Tensor]) -> bool:
+    """Whether a trained weight is another one too. By value, since gathering from shards makes copies of it; vectors,
+    which may well be alike, as biases that are zero, are tied nowhere."""
+    return tensor is not None and tensor.ndim > 1 and any(torch.equal(tensor, other) for other in others)
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
