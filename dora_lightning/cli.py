@@ -28,6 +28,7 @@ import dora_lightning.backbones
 import dora_lightning.callbacks
 from dora_lightning.backbones import Backbone
 from dora_lightning.callbacks import DoRA
+from dora_lightning.extract_features import extract_features
 from dora_lightning.mt_bench.commands import mt_bench, mt_bench_judge, mt_bench_scores
 from dora_lightning.offline import generate, merge
 from dora_lightning.runs import RESULT_FILE, next_version, unfinished_run, write_result
@@ -46,6 +47,7 @@ TRAINER_VERBS = {
 OFFLINE_VERBS: dict[str, Callable[..., Any]] = {
     "merge": merge,
     "generate": generate,
+    "extract-features": extract_features,
     "mt-bench": mt_bench,
     "mt-bench-judge": mt_bench_judge,
     "mt-bench-scores": mt_bench_scores,
@@ -295,5 +297,5 @@ def _quiet() -> None:
 
 def _usage() -> str:
     verbs = TRAINER_VERBS | {name: (verb.__doc__ or "").partition("\n")[0] for name, verb in OFFLINE_VERBS.items()}
-    lines = [f"  {name:<15} {text}" for name, text in verbs.items()]
+    lines = [f"  {name:<16} {text}" for name, text in verbs.items()]
     return "\n".join(["usage: dora-lightning VERB [options]; dora-lightning VERB --help explains them", "", *lines])

@@ -109,6 +109,9 @@ def test_pooled_features_are_encode_image(config: dict[str, Any], tmp_path: Path
     assert (tower.rows, tower.feature_dim) == (1, 16)
     pixels = images(config["image_size"])
     torch.testing.assert_close(tower(pixels), model.encode_image(pixels)[:, None])
+    if "patch_size" in config:  # CoCa's towers are made to give their tokens too
+        tower = build(config=config | {"output_tokens": True}, pretrained=path, features="pooled")
+        torch.testing.assert_close(tower(pixels), model.encode_image(pixels)[:, None])
 
 
 @torch.no_grad()
