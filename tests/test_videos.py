@@ -451,6 +451,17 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert (tmp_path / "images.mp4").read_bytes() == before
 
 
+def test_frames_that_are_encoded_by_themselves_come_out_alike_in_any_order(tmp_path: Path) -> None:
+    frames = [picture(number) for number in range(12)]
+    for entry_every, same in ((1, True), (250, False)):
+        read = []
+        for name, order in (("forwards.mp4", 1), ("backwards.mp4", -1)):
+            write_video(tmp_path / name, frames[::order], 8.0, entry_every=entry_every)
+            images = read_frames(tmp_path / name, sample_times((0.0, 1.5), count=12))
+            read.append(np.stack([np.asarray(image) for image in images]))
+        assert np.array_equal(read[0], read[1][::-1]) == same
+
+
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     black = np.zeros((16, 16, 3), np.uint8)
 
