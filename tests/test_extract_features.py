@@ -177,7 +177,7 @@ def test_goes_on_after_being_killed(workers: int, tmp_path: Path) -> None:
     command += [str(tmp_path / "source"), str(tmp_path / "out"), "--pretrained", "null", *given]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         while len(list((tmp_path / "out").rglob("*.safetensors"))) < 20 and time.monotonic() < until:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
