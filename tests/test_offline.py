@@ -11,8 +11,7 @@ import torch
 from tiny import MakeBackbone, MakeTrainer, perturb_adapters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dora_lightning import offline
-from dora_lightning.offline import generate, merge
+from dora_lightning.offline import generate, merge, models
 
 PROMPTS = ["is it cold or hot?", "what has many words, größe and 大小?", "Please choose the correct answer"]
 
@@ -102,13 +101,13 @@ def test_a_chat_remembers(
     adapter: str, merged: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    generate_texts = offline.generate_texts
+    generate_texts = models.generate_texts
 
     def note(model: Any, tokenizer: Any, prompts: list[str], vision: Any, **options: Any) -> list[str]:
         seen.extend(prompts)
         return generate_texts(model, tokenizer, prompts, vision, **options)
 
-    monkeypatch.setattr(offline, "generate_texts", note)
+    monkeypatch.setattr(models, "generate_texts", note)
     capsys.readouterr()
     outputs = []
     for model in (adapter, merged):
@@ -131,7 +130,7 @@ def test_a_chat_ends_with_the_input(merged: str, monkeypatch: pytest.MonkeyPatch
 def test_texts_that_look_like_markup_are_printed_as_they_are(
     monkeypatch: pytest.MonkeyPatch, merged: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(offline, "generate_texts", lambda *_, **__: ["[bold]an [/answer] :smile:"])
+    monkeypatch.setattr(models, "generate_texts", lambda *_, **__: ["[bold]an [/answer] :smile:"])
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
     generate(merged)
     assert "[bold]an [/answer] :smile:" in capsys.readouterr().out

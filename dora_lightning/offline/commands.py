@@ -1,4 +1,4 @@
-"""What can be done with a finished run: merge its adapter into the base, and talk to the model."""
+"""The verbs ``merge`` and ``generate``."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from dora_lightning.adapters import merge_adapters
-from dora_lightning.backbones import DoRALlama, DoRALlava
-from dora_lightning.backbones.causal_lm import generate_texts
+from dora_lightning.backbones import DoRALlava, DoRAVLBart
 from dora_lightning.files import write_text_atomically
-from dora_lightning.pretrained import load_causal_lm, load_tokenizer, load_vision_language_model, reads_images_too
-from dora_lightning.processing import image_inputs, image_token_counts, load_processor, vision_sizes
-from dora_lightning.training.adapter_checkpoint import read_adapter_checkpoint
+from dora_lightning.llava_parts import LlavaParts, resolve_llava
+from dora_lightning.offline.models import TextModel, load_model
+from dora_lightning.offline.shown import Shown
+from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint, read_adapter_checkpoint
 from dora_lightning.training.merging import merge_to_folder
+from dora_lightning.vl_bart import VLBartParts, resolve_vl_bart
 
 CHAT, NONE = "chat", "none"
 
@@ -35,7 +34,7 @@ def merge(checkpoint: str, output: str, base: str | None = None, overwrite: bool
         overwrite: replace the output folder if it exists.
     """
     adapter = read_adapter_checkpoint(checkpoint)
-    folder = merge_to_folder(base or adapter.base["name"], adapter, output, overwrite)
+    folder = merge_to_folder(_base_of(checkpoint, adapter, base), adapter, output, overwrite)
     Console().print(f"Merged model: {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -43,9 +42,14 @@ def generate(
     model: str,
     prompt: str | None = None,
     prompts: str | None = None,
-    image: str | None = None,
+    image: list[str] | str | None = None,
+    video: str | None = None,
+    frames: int | None = None,
+    every: float | None = None,
+    features: list[str] | str | None = None,
+    rows: int | None = None,
     output: str | None = None,
-    template: str = CHAT,
+    template: str | None = None,
     base: str | None = None,
     max_new_tokens: int = 128,
     num_beams: int = 1,
@@ -58,9 +62,18 @@ def generate(
         model: adapter checkpoint (.ckpt), merged folder, or hub id.
         prompt: one prompt.
         prompts: file with one prompt a line, or JSONL with a field "prompt".
-        image: image file that each prompt, or the chat, is about, for a model that reads images.
+        image: image file that each prompt, or the chat, is about, or several as '[a.jpg, b.jpg]'; for a LLaVA-style
+            model, or a VL-BART with a vision tower.
+        video: video file, likewise.
+        frames: frames of the video, evenly spread over it; LLaVA-style models look at 8 unless told otherwise.
+        every: seconds from one frame of the video to the next, instead; 1.5 for VL-BART unless told otherwise.
+        features: file of features computed before (.h5, .npz, .safetensors), for VL-BART, or one for each of several
+            images. An .npz has a video's, as published, and so has a folder whose features.json says "every".
+        rows: rows that features are brought to: a grid is pooled, a video's are filled up with zeros or pooled over
+            time. By default as published: 36 if an image has more, 64 for a video.
         output: JSONL file for the answers to a file of prompts; standard output by default.
         template: "chat" for the tokenizer's chat template, "none" for the bare prompt, or a text with {prompt} in it.
+            By default the chat template; the bare prompt for VL-BART, which has none.
         base: folder or hub id of an adapter's base model; by default where the run loaded it from.
         max_new_tokens: longest answer.
         num_beams: beams of the search; 1 is greedy.
@@ -69,36 +82,27 @@ def generate(
     """
     if prompt is not None and prompts is not None:
         raise ValueError("give one prompt or a file of prompts, not both")
-    if template not in (CHAT, NONE) and "{prompt}" not in template:
+    if template not in (None, CHAT, NONE) and "{prompt}" not in template:
         raise ValueError(f"template must be 'chat', 'none' or a text that contains {{prompt}}, got {template!r}")
+    shown = Shown(_listed(image), video, frames, every, _listed(features), rows)
     asked = [prompt] if prompt is not None else _read_prompts(Path(prompts)) if prompts is not None else None
-    network, tokenizer, processor = _load(model, base)
-    vision: dict[str, Any] | None = None
-    picture = ""
-    if image is not None:
-        if processor is None:
-            raise ValueError(f"{model} reads text alone: an image needs a LLaVA-style model")
-        vision = dict(image_inputs(processor, image).to(network.device))
-        picture = processor.image_token * image_token_counts(processor, vision_sizes(vision))[0] + "\n"
-    if template == CHAT and tokenizer.chat_template is None:
-        raise ValueError(
-            f"the tokenizer of {model} has no chat template; choose --template none or a text with {{prompt}}"
-        )
+    loaded = load_model(model, base)
+    template = _template_for(loaded, template)
+    vision, picture = loaded.look_at(shown)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": temperature > 0}
     if temperature > 0:
         options["temperature"] = temperature
 
     def answer(texts: Sequence[str]) -> list[str]:
-        repeated = {name: torch.cat([tensor] * len(texts)) for name, tensor in (vision or {}).items()}
-        return generate_texts(network, tokenizer, texts, repeated or None, **options)
+        return loaded.answer(texts, vision, **options)
 
     if asked is None:
-        _chat(answer, tokenizer, template, picture)
+        _chat(answer, loaded.tokenizer, template, picture)
         return
     answers: list[str] = []
     for start in range(0, len(asked), batch_size):
         filled = [
-            _fill(template, [{"role": "user", "content": picture + text}], tokenizer)
+            _fill(template, [{"role": "user", "content": picture + text}], loaded.tokenizer)
             for text in asked[start : start + batch_size]
         ]
         answers += answer(filled)
@@ -114,41 +118,30 @@ def generate(
         write_text_atomically(Path(output), lines)
 
 
-def load_finished(model: str, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model to generate with, on the GPU if there is one, and its tokenizer.
-
-    Args:
-        model: adapter checkpoint (.ckpt), merged folder, or hub id.
-        base: folder or hub id of an adapter's base model; None for where the run loaded it from.
-
-    Raises:
-        ValueError: the checkpoint is none of an adapter, or a base was given beside a whole model.
-    """
-    network, tokenizer, _ = _load(model, base)
-    return network, tokenizer
+def _base_of(path: str, adapter: AdapterCheckpoint, base: str | None) -> str:
+    """The base to merge into. One that was put together from parts is so again where it is not there any more."""
+    recorded = str(adapter.base["name"])
+    if adapter.backbone not in (DoRALlava.__name__, DoRAVLBart.__name__) or (base is None and Path(recorded).is_dir()):
+        return base or recorded
+    source = base or torch.load(path, map_location="cpu", weights_only=True)["hyper_parameters"]["model_name_or_path"]
+    if adapter.backbone == DoRALlava.__name__:
+        return resolve_llava(LlavaParts(**source) if isinstance(source, dict) else source)
+    return resolve_vl_bart(VLBartParts(**source) if isinstance(source, dict) else source)
 
 
-def _load(model: str, base: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Any]:
-    """Model, tokenizer, and the processor of a model that reads images."""
-    processor: Any = None
-    if model.endswith(".ckpt"):
-        reads_images = read_adapter_checkpoint(model).backbone == DoRALlava.__name__
-        override: dict[str, Any] = {} if base is None else {"model_name_or_path": base}
-        kind = DoRALlava if reads_images else DoRALlama
-        backbone = kind.load_from_checkpoint(model, map_location="cpu", weights_only=True, **override)
-        network, tokenizer = backbone.language_model, backbone.tokenizer
-        processor = backbone.processor if isinstance(backbone, DoRALlava) else None
-        merge_adapters(network, unload=True)
-    elif base is not None:
-        raise ValueError("base belongs to an adapter checkpoint (.ckpt); this model is loaded as it is")
-    elif reads_images_too(model):
-        processor = load_processor(model)
-        network, tokenizer = load_vision_language_model(model), processor.tokenizer
-    else:
-        network, tokenizer = load_causal_lm(model), load_tokenizer(model)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cast(nn.Module, network).eval().to(device)
-    return network, tokenizer, processor
+def _listed(files: list[str] | str | None) -> list[str]:
+    return [files] if isinstance(files, str) else files or []
+
+
+def _template_for(model: TextModel, template: str | None) -> str:
+    if template is None and model.tokenizer.chat_template is None and model.bare_prompts:
+        return NONE
+    template = template or CHAT
+    if template == CHAT and model.tokenizer.chat_template is None:
+        raise ValueError(
+            f"the tokenizer of {model.name} has no chat template; choose --template none or a text with {{prompt}}"
+        )
+    return template
 
 
 def _read_prompts(path: Path) -> list[str]:
@@ -192,7 +185,9 @@ def _chat(
             return
         if not text.strip():
             return
-        messages.append({"role": "user", "content": text if messages else picture + text})
+        # what is shown stands once in each text, and that of a chat template begins with the first message
+        shown_before = template == CHAT and bool(messages)
+        messages.append({"role": "user", "content": text if shown_before else picture + text})
         reply = answer([_fill(template, messages, tokenizer)])[0].strip()
         console.print(reply, markup=False, emoji=False, highlight=False, soft_wrap=True)
         messages.append({"role": "assistant", "content": reply})

@@ -1,0 +1,213 @@
+"""Models of finished runs, each kind of which is shown things, and answers, in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dora_lightning.adapters import merge_adapters
+from dora_lightning.backbones import DoRALlama, DoRALlava, DoRAVLBart
+from dora_lightning.backbones.causal_lm import generate_texts
+from dora_lightning.backbones.seq2seq import encode_prompts, generate_targets
+from dora_lightning.offline.shown import Shown
+from dora_lightning.open_clip_tower import image_pixels
+from dora_lightning.pretrained import (
+    load_causal_lm,
+    load_tokenizer,
+    load_vision_language_model,
+    not_loaded,
+    reads_images_too,
+    resolve_pretrained,
+)
+from dora_lightning.processing import image_inputs, image_token_counts, load_processor, vision_sizes
+from dora_lightning.training.adapter_checkpoint import read_adapter_checkpoint
+from dora_lightning.vl_bart import VLBart, VLBartConfig, load_vl_bart, load_vl_bart_tokenizer
+
+LLAVA_FRAMES = 8
+VL_BART_EVERY = 1.5
+"""Seconds between the frames of a video, as published."""
+
+Vision = Mapping[str, Tensor]
+"""What a model reads of what it is shown, on its device."""
+
+
+class TextModel:
+    """A causal language model.
+
+    Args:
+        name: what it was loaded by, for messages.
+        network: the model, with its adapters merged.
+        tokenizer: its tokenizer.
+    """
+
+    bare_prompts = False
+    """Whether a prompt is read as it is where the tokenizer has no chat template."""
+
+    def __init__(self, name: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.name = name
+        self.network = network
+        self.tokenizer = tokenizer
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        cast(nn.Module, network).eval().to(device)
+
+    def look_at(self, shown: Shown) -> tuple[Vision, str]:
+        """What the model reads of what it is shown, and what stands for it before a prompt.
+
+        Raises:
+            ValueError: there is something that this model cannot look at.
+        """
+        if shown:
+            raise ValueError(
+                f"{self.name} reads text alone: an image needs a LLaVA-style model or a VL-BART, and so does a video"
+            )
+        return {}, ""
+
+    def answer(self, texts: Sequence[str], vision: Vision, **options: Any) -> list[str]:
+        """A continuation of each text, all of them about the same; ``options`` as in ``generate`` of transformers."""
+        repeated = {name: torch.cat([tensor] * len(texts)) for name, tensor in vision.items()}
+        return generate_texts(self.network, self.tokenizer, texts, repeated or None, **options)
+
+
+class LlavaModel(TextModel):
+    """A LLaVA-style model and its processor; images, or a video's frames, come before the prompt."""
+
+    def __init__(self, name: str, network: PreTrainedModel, processor: Any) -> None:
+        super().__init__(name, network, processor.tokenizer)
+        self.processor = processor
+
+    def look_at(self, shown: Shown) -> tuple[Vision, str]:
+        """As in :class:`TextModel`."""
+        if shown.features:
+            raise ValueError(f"{self.name} looks at pixels: give it an image or a video; features are for VL-BART")
+        if not shown:
+            return {}, ""
+        read = [image_inputs(self.processor, picture) for picture in shown.pictures(frames=LLAVA_FRAMES)]
+        # LLaVA-NeXT cuts images into tiles; fewer ones are filled up with zeros, as its processor does
+        vision = {
+            name: pad_sequence([inputs[name][0] for inputs in read], batch_first=True).to(self.network.device)
+            for name in read[0]
+        }
+        tokens = image_token_counts(self.processor, vision_sizes(vision))
+        return vision, self.processor.image_token * sum(tokens) + "\n"
+
+
+class VLBartModel(TextModel):
+    """A VL-BART, which reads pixels if it has a tower, and features that were computed before."""
+
+    bare_prompts = True
+    network: VLBart
+
+    def look_at(self, shown: Shown) -> tuple[Vision, str]:
+        """As in :class:`TextModel`."""
+        if not shown:
+            return {}, ""
+        inputs = self._of_features(shown) if shown.features else self._of_pixels(shown)
+        return {name: tensor.to(self.network.device) for name, tensor in inputs.items()}, ""
+
+    def answer(self, texts: Sequence[str], vision: Vision, **options: Any) -> list[str]:
+        """The decoder's text for each prompt; see :class:`TextModel`.
+
+        Raises:
+            ValueError: a prompt is longer than the model reads.
+        """
+        longest, most = (
+            max(map(len, self.tokenizer(list(texts))["input_ids"])),
+            self.network.config.max_position_embeddings,
+        )
+        if longest > cast(int, most):
+            raise ValueError(f"a prompt of {longest} tokens is too long: {self.name} reads at most {most}")
+        if vision:
+            # what is shown goes through the tower once
+            vision = {**vision, "visual_index": torch.zeros(len(texts), dtype=torch.int64, device=self.network.device)}
+        with torch.no_grad():
+            encoded = encode_prompts(self.network, self.tokenizer, texts, vision)
+        return generate_targets(self.network, self.tokenizer, *encoded, **options)
+
+    def _of_features(self, shown: Shown) -> dict[str, Tensor]:
+        inputs = shown.feature_inputs(self.network.config.feature_dim)
+        self._check_orders(len(shown.features), int(inputs["object_order"].max()) + 1)
+        return inputs
+
+    def _of_pixels(self, shown: Shown) -> dict[str, Tensor]:
+        tower = self.network.vision_tower
+        if tower is None:
+            raise ValueError(
+                f"{self.name} has no vision tower and reads features that were computed before, of "
+                f"{self.network.config.feature_dim} numbers: give it features (dora-lightning extract-features)"
+            )
+        pictures = shown.pictures(every=VL_BART_EVERY)
+        # images of one row are told apart as the objects of one image
+        self._check_orders(*((len(pictures), tower.rows) if tower.rows > 1 else (1, len(pictures))))
+        pixels = [image_pixels(picture, tower.image_size, tower.mean, tower.std) for picture in pictures]
+        return {"pixel_values": torch.stack(pixels), "image_counts": torch.tensor([len(pixels)])}
+
+    def _check_orders(self, images: int, objects: int) -> None:
+        config = self.network.config
+        if images > config.image_orders:
+            raise ValueError(f"{self.name} tells {config.image_orders} images apart (image_orders), found {images}")
+        if objects > config.object_orders:
+            raise ValueError(
+                f"{self.name} tells {config.object_orders} places of an image, or moments of a video, apart "
+                f"(object_orders), found {objects}; choose fewer frames, or rows of features"
+            )
+
+
+def load_model(model: str, base: str | None) -> TextModel:
+    """A model to generate with, on the GPU if there is one.
+
+    Args:
+        model: adapter checkpoint (.ckpt), merged folder, or hub id.
+        base: folder or hub id of an adapter's base model; None for where the run loaded it from.
+
+    Raises:
+        ValueError: the checkpoint is none of an adapter, or a base was given beside a whole model.
+    """
+    if model.endswith(".ckpt"):
+        return _load_checkpoint(model, base)
+    if base is not None:
+        raise ValueError("base belongs to an adapter checkpoint (.ckpt); this model is loaded as it is")
+    if _model_type(model) == VLBartConfig.model_type:
+        return VLBartModel(model, load_vl_bart(model), load_vl_bart_tokenizer(model))
+    if reads_images_too(model):
+        return LlavaModel(model, load_vision_language_model(model), load_processor(model))
+    return TextModel(model, load_causal_lm(model), load_tokenizer(model))
+
+
+def load_finished(model: str, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model, which may read images too, and its tokenizer; see :func:`load_model`.
+
+    Raises:
+        ValueError: it is an encoder-decoder, or as in :func:`load_model`.
+    """
+    loaded = load_model(model, base)
+    if isinstance(loaded, VLBartModel):
+        raise ValueError(f"{model} is a VL-BART: expected a causal language model")
+    return loaded.network, loaded.tokenizer
+
+
+def _load_checkpoint(path: str, base: str | None) -> TextModel:
+    kinds = {kind.__name__: kind for kind in (DoRALlava, DoRAVLBart)}
+    kind = kinds.get(read_adapter_checkpoint(path).backbone, DoRALlama)
+    override: dict[str, Any] = {} if base is None else {"model_name_or_path": base}
+    backbone = kind.load_from_checkpoint(path, map_location="cpu", weights_only=True, **override)
+    network = backbone.language_model
+    merge_adapters(network, unload=True)
+    if isinstance(backbone, DoRALlava):
+        return LlavaModel(path, network, backbone.processor)
+    if isinstance(backbone, DoRAVLBart):
+        # biases and norms that trained are fp32, which a layer of another dtype does not take
+        cast(nn.Module, network).to(network.config.dtype)
+        return VLBartModel(path, network, backbone.tokenizer)
+    return TextModel(path, network, backbone.tokenizer)
+
+
+def _model_type(name: str) -> str:
+    try:
+        return str(AutoConfig.from_pretrained(resolve_pretrained(name)).model_type)
+    except OSError as error:
+        raise not_loaded(name, "model", error) from error
