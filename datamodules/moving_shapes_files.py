@@ -27,13 +27,11 @@ COLORS = {
     "orange": (245, 130, 20),
     "purple": (140, 45, 170),
     "red": (220, 25, 30),
-    "white": (250, 250, 250),
     "yellow": (245, 220, 30),
 }
 DIRECTIONS = ("left", "right", "up", "down")
-COUNTS = ("one", "two")
 
-_FORMAT = 1
+FORMAT = 1
 """Goes up when the same settings give other videos or questions."""
 
 
@@ -41,7 +39,7 @@ class MovingQuestion(NamedTuple):
     """A question about a video."""
 
     kind: str
-    """``shape``, ``color``, ``direction``, ``count`` or ``first``."""
+    """``shape``, ``color``, ``direction`` or ``first``."""
 
     video: Path
     question: str
@@ -60,31 +58,30 @@ def make_moving_shapes(
 ) -> Path:
     """Write ``{split}/videos/{id}.mp4`` and ``{split}/questions.jsonl``, if they are not there.
 
-    Every other video has one shape that moves and, in half of them, another that stands still:
+    In two of three videos one shape moves:
 
     - ``shape``: "which shape moves?" (3 answers)
-    - ``color``: "what color is the circle?" (8 answers), of each shape
+    - ``color``: "what color is the circle?" (7 answers)
     - ``direction``: "which way does the circle move?" (4 answers)
-    - ``count``: "how many shapes are there?" (``one``, ``two``)
 
-    In the others one shape comes and goes, and then another one:
+    In the third one shape comes and goes, and then another one of another color:
 
-    - ``first``: "which came first, the red circle or the blue square?" (``circle``, ``square``), asked in both orders
-    - ``color``, as above
+    - ``first``: "which came first, red or blue?" (``red``, ``blue``)
+    - ``color``, as above, of each of the two
 
-    **Without the video** nothing is known. To each text its answers are equally frequent (those of ``first`` apart from
-    the colors it names): 33 %, 12.5 %, 25 %, 50 % and 50 % are right by chance. Questions are to be asked alone, since
-    one about the same video may name what another one asks for.
+    **What can be known without the video:** nothing. To each text its answers are equally frequent (those of ``first``
+    apart from the colors it names): 33 %, 14 %, 25 % and 50 % are right by chance. Questions are to be asked alone,
+    since one about the same video may name what another one asks for.
 
-    **Without the order of the frames** all of ``shape``, ``color`` and ``count`` can be known; of ``direction`` whether
-    it is left or right, or up or down, so 50 % can be right; of ``first`` nothing, so 50 % are right. What moves to the
-    left is drawn as moving to the right and shown backwards, what comes first might as likely come last, and each frame
-    is encoded by itself, so that the same frames are equally likely in either order. This holds for all frames, and for
-    one out of each eighth of the video, as ``sample_times`` gives them with ``count: 8``.
+    **What can be known without the order of the frames:** all of ``shape`` and ``color``; of ``direction`` whether it
+    is left or right, or up or down, so 50 % are right; of ``first`` nothing, so 50 % are right. What moves to the left,
+    or comes first, is drawn as its contrary and shown backwards, and each frame is encoded by itself, so that frames
+    without their order are equally likely either way. This holds for all frames, and for one of each eighth of the
+    video: ``sample_times`` with ``count: 8``.
 
     Args:
         folder: Where the splits are.
-        videos: How many, at least 2.
+        videos: How many, at least 3.
         split: Name of the split; different ones have different videos, whatever the seed.
         seed: Decides all that is drawn.
         size: Pixels of a side, even, at least 32.
@@ -98,8 +95,8 @@ def make_moving_shapes(
         ValueError: A number is out of range, or the folder was made with other settings.
         ModuleNotFoundError: PyAV is not installed.
     """
-    if videos < 2:
-        raise ValueError(f"videos must be at least 2, one of each kind, found {videos}")
+    if videos < 3:
+        raise ValueError(f"videos must be at least 3, found {videos}")
     if size < 32 or size % 2:
         raise ValueError(f"size must be an even number of at least 32 pixels, found {size}")
     if frames < STEPS or frames % STEPS:
@@ -108,7 +105,7 @@ def make_moving_shapes(
         raise ValueError(f"rate must be above 0 frames per second, found {rate}")
     if split in ("", "..") or Path(split).name != split:
         raise ValueError(f"split must be the name of a folder, found {split!r}")
-    settings = {"format": _FORMAT, "videos": videos, "seed": seed, "size": size, "frames": frames, "rate": rate}
+    settings = {"format": FORMAT, "videos": videos, "seed": seed, "size": size, "frames": frames, "rate": rate}
 
     def make(made: Path) -> None:
         (made / "videos").mkdir(parents=True)
@@ -175,13 +172,15 @@ class Shape(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """A video: one shape that moves and perhaps one that does not, or one that comes and then another one."""
+    """A video: one shape that moves, or one that comes and then another one."""
 
     shapes: tuple[Shape, ...]
     direction: str | None
-    """Of the first shape; None if the shapes come one after the other."""
+    """Where the one shape moves to; None if there are two."""
     background: tuple[tuple[float, float, float], tuple[float, float, float]]
     """Red, green and blue, 0 to 255, above and below."""
+    later_named_first: bool = False
+    """Whether the question what came first names the later one first."""
 
     def backwards(self) -> "Scene":
         """What is seen if the frames are shown from the last to the first."""
@@ -214,30 +213,23 @@ class _Deck(Generic[T]):
 def _scenes(videos: int, split: str, seed: int) -> Iterator[tuple[str, Scene]]:
     generator = np.random.default_rng([seed, *split.encode()])
     # a deck for each text, so that its answers are equally frequent
-    movers = _Deck([*product(SHAPES, DIRECTIONS, COUNTS)], generator)
-    others = {shape: _Deck([other for other in SHAPES if other != shape], generator) for shape in SHAPES}
+    movers = _Deck([*product(SHAPES, DIRECTIONS)], generator)
     pairs = _Deck([*permutations(SHAPES, 2)], generator)
     colors = {shape: _Deck([*COLORS], generator) for shape in SHAPES}
+    two_colors = _Deck([*permutations(COLORS, 2)], generator)
     visits = _Deck(_visits(), generator)
+    namings = _Deck([False, True], generator)
     for number in range(videos):
         background = _background(generator)
-        if number % 2:
-            names = pairs.deal()
-            steps = visits.deal()
-            shapes = [
-                _still(name, colors[name].deal(), generator)._replace(steps=seen)
-                for name, seen in zip(names, steps, strict=True)
-            ]
-            scene = Scene(tuple(shapes), None, background)
+        if number % 3 == 2:
+            seen = zip(pairs.deal(), two_colors.deal(), visits.deal(), strict=True)
+            shapes = tuple(_still(name, color, steps, generator) for name, color, steps in seen)
+            scene = Scene(shapes, None, background, namings.deal())
         else:
-            name, direction, count = movers.deal()
-            shapes = [_mover(name, colors[name].deal(), direction in ("left", "right"), count == "two", generator)]
-            if count == "two":
-                other = others[name].deal()
-                beside = _beside(shapes[0], direction in ("left", "right"), generator)
-                shapes.append(_still(other, colors[other].deal(), generator)._replace(start=beside, end=beside))
-            forwards = "right" if direction in ("left", "right") else "down"
-            scene = Scene(tuple(shapes), forwards, background)
+            name, direction = movers.deal()
+            sideways = direction in ("left", "right")
+            forwards = "right" if sideways else "down"
+            scene = Scene((_mover(name, colors[name].deal(), sideways, generator),), forwards, background)
             scene = scene if direction == forwards else scene.backwards()
         yield f"{split}_{number:06d}", scene
 
@@ -248,39 +240,28 @@ def _visits() -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     return [(first, second) for first in spans for second in spans if first[-1] < second[0]]
 
 
-_LEAST, _MOST = 0.11, 0.17
+_LEAST, _MOST = 0.16, 0.22
 """Radius of a shape."""
 
 
-def _still(name: str, color: str, generator: np.random.Generator) -> Shape:
+def _still(name: str, color: str, steps: tuple[int, ...], generator: np.random.Generator) -> Shape:
     radius = generator.uniform(_LEAST, _MOST)
     x, y = generator.uniform(radius, 1 - radius, 2).tolist()
-    return Shape(name, color, radius, (x, y), (x, y))
+    return Shape(name, color, radius, (x, y), (x, y), steps)
 
 
-def _mover(name: str, color: str, sideways: bool, lane: bool, generator: np.random.Generator) -> Shape:
-    """Moves to the right or down; in a ``lane`` that leaves a third of the picture free on one side."""
+def _mover(name: str, color: str, sideways: bool, generator: np.random.Generator) -> Shape:
+    """Moves to the right or down."""
     radius = generator.uniform(_LEAST, _MOST)
-    length = generator.uniform(0.5, 1.0) * (1 - 2 * radius)
+    length = generator.uniform(0.6, 1.0) * (1 - 2 * radius)
     begin = generator.uniform(radius, 1 - radius - length)
-    across = generator.uniform(radius, 0.6 - radius) if lane else generator.uniform(radius, 1 - radius)
-    if lane and generator.random() < 0.5:
-        across = 1 - across
+    across = generator.uniform(radius, 1 - radius)
     start, end = (begin, across), (begin + length, across)
     return Shape(name, color, radius, start, end) if sideways else Shape(name, color, radius, start[::-1], end[::-1])
 
 
-def _beside(mover: Shape, sideways: bool, generator: np.random.Generator) -> tuple[float, float]:
-    """A place that ``mover`` does not come across."""
-    along = generator.uniform(_MOST, 1 - _MOST)
-    across = generator.uniform(0.62 + _MOST, 1 - _MOST)
-    lane = mover.start[1 if sideways else 0]
-    across = across if lane < 0.5 else 1 - across
-    return (along, across) if sideways else (across, along)
-
-
 def _background(generator: np.random.Generator) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    above = generator.uniform(100, 170) + generator.uniform(-12, 12, 3)
+    above = generator.uniform(205, 235) + generator.uniform(-8, 8, 3)
     below = above + generator.uniform(-12, 12)
     return tuple(above.tolist()), tuple(below.tolist())
 
@@ -311,21 +292,20 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.nda
         return np.hypot(x, y) - radius
     if shape == "square":
         return np.maximum(abs(x), abs(y)) - 0.9 * radius
-    # upright, as wide as high
-    return np.maximum(y - radius, (2 * abs(x) - y - radius) / 5**0.5)
+    # upright, with equal sides
+    return np.maximum(y - 0.5 * radius, abs(x) * 0.75**0.5 - y / 2 - 0.5 * radius)
 
 
 def _rows(name: str, scene: Scene) -> list[Row]:
     asked = [(f"what color is the {shape.name}?", "color", shape.color, tuple(COLORS)) for shape in scene.shapes]
     if scene.direction is None:
-        for first, second in (scene.shapes, scene.shapes[::-1]):
-            text = f"which came first, the {first.color} {first.name} or the {second.color} {second.name}?"
-            asked.append((text, "first", scene.shapes[0].name, (first.name, second.name)))
+        first, second = (shape.color for shape in scene.shapes)
+        named = (second, first) if scene.later_named_first else (first, second)
+        asked.append((f"which came first, {named[0]} or {named[1]}?", "first", first, named))
     else:
         mover = scene.shapes[0].name
         asked.append((f"which way does the {mover} move?", "direction", scene.direction, DIRECTIONS))
         asked.append(("which shape moves?", "shape", mover, SHAPES))
-        asked.append(("how many shapes are there?", "count", COUNTS[len(scene.shapes) - 1], COUNTS))
     return [
         {
             "question_id": f"{name}_{number}",

@@ -2,6 +2,7 @@
 
 A source is a path, the ``bytes`` of an encoded file, a PIL image, or any object with ``open() -> PIL.Image.Image`` (a
 new image each time) and a ``__str__`` that names it, such as a row of a hub data set that is decoded when it is needed.
+Where it also has a ``size``, ``(width, height)``, it is not opened to be measured.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def image_size(source: Any) -> tuple[int, int]:
     Raises:
         ValueError: The image is missing or is no image; the message names it.
     """
-    with _opened(source) as image:
-        return image.size
+    with _measured(source) as size:
+        return size
 
 
 def check_image(source: Any, decode: bool) -> tuple[int, int]:
@@ -76,9 +77,9 @@ def check_image(source: Any, decode: bool) -> tuple[int, int]:
     """
     if decode:
         return open_image(source).size
-    with _opened(source) as image:
-        _check_size(*image.size)
-        return image.size
+    with _measured(source) as size:
+        _check_size(*size)
+        return size
 
 
 def pad_to_square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
@@ -99,12 +100,29 @@ def pad_to_square(image: Image.Image, background: tuple[int, int, int]) -> Image
 @contextmanager
 def _opened(source: Any) -> Iterator[Image.Image]:
     """The image, closed afterwards if it was opened here; whatever goes wrong is a ValueError with its name."""
-    try:
+    with _naming(source):
         if isinstance(source, Image.Image):
             yield source
             return
         with _open(source) as image:
             yield image
+
+
+@contextmanager
+def _measured(source: Any) -> Iterator[tuple[int, int]]:
+    """``(width, height)``, as far as possible without decoding; errors as in :func:`_opened`."""
+    with _naming(source):
+        if hasattr(source, "open") and hasattr(source, "size"):
+            yield source.size
+            return
+    with _opened(source) as image:
+        yield image.size
+
+
+@contextmanager
+def _naming(source: Any) -> Iterator[None]:
+    try:
+        yield
     # Pillow's plugins raise what they stumble over: OSError, SyntaxError, struct.error, IndexError, ...
     except Exception as error:
         raise ValueError(f"{describe(source)}: {_reason(source, error)}") from error

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, ClassVar, NamedTuple
 
@@ -159,6 +160,15 @@ class VideoFrame:
         """
         return self._video.image(self._number)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """``(width, height)`` in pixels as it is shown, for which the video's first frame alone is decoded.
+
+        Raises:
+            ValueError: As in :func:`read_frames`.
+        """
+        return self._video.size
+
     def __str__(self) -> str:
         """Its name, for messages."""
         return f"{self._video.path} at {self._video.times[self._number]:.3f} s"
@@ -256,6 +266,10 @@ class _FramesOfVideo:
         self.times = times
         self._unopened = set(range(len(times)))
         self._decoding = threading.Lock()
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        return read_frames(self.path, [0.0])[0].size
 
     def image(self, number: int) -> Image.Image:
         with self._decoding:

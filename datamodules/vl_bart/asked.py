@@ -35,6 +35,7 @@ class AskedDataModule(SampledDataModule):
             right, the question included.
         share_visuals: Rows that look at the same are drawn together, and looked at once; a batch then has
             ``batch_size`` things to look at, each with all its rows.
+        group_by_length: Put training rows of like length into a batch, so that little of it is padding.
         num_workers: Processes that read features, or open images and videos.
         seed: Seed of the order of training batches and of the targets.
         on_bad_row: ``raise`` stops at the first row that is broken, or whose image, video or features are missing or
@@ -48,6 +49,7 @@ class AskedDataModule(SampledDataModule):
         eval_batch_size: int = 64,
         truncation: Truncation = "subtitles",
         share_visuals: bool = False,
+        group_by_length: bool = True,
         num_workers: int = 0,
         seed: int = 42,
         on_bad_row: OnBadRow = "raise",
@@ -57,6 +59,7 @@ class AskedDataModule(SampledDataModule):
         self.batch_size = batch_size
         self.truncation: Truncation = truncation
         self.share_visuals = share_visuals
+        self.group_by_length = group_by_length
         self.on_bad_row: OnBadRow = on_bad_row
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._config: VLBartConfig | None = None

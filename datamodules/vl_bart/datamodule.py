@@ -30,6 +30,7 @@ class VLBartDataModule(AskedDataModule):
         eval_batch_size: Likewise.
         truncation: Likewise.
         share_visuals: Likewise.
+        group_by_length: Likewise.
         keep_pixels: Keep the scaled pixels of images and frames in memory, so that each file is decoded once.
         num_workers: As in :class:`~datamodules.vl_bart.asked.AskedDataModule`.
         seed: Likewise, and of what limits draw.
@@ -48,13 +49,22 @@ class VLBartDataModule(AskedDataModule):
         eval_batch_size: int = 64,
         truncation: Truncation = "subtitles",
         share_visuals: bool = False,
+        group_by_length: bool = True,
         keep_pixels: bool = False,
         num_workers: int = 0,
         seed: int = 42,
         on_bad_row: OnBadRow = "raise",
     ) -> None:
         super().__init__(
-            tokenizer, batch_size, eval_batch_size, truncation, share_visuals, num_workers, seed, on_bad_row
+            tokenizer,
+            batch_size,
+            eval_batch_size,
+            truncation,
+            share_visuals,
+            group_by_length,
+            num_workers,
+            seed,
+            on_bad_row,
         )
         if not tasks:
             raise ValueError(f"tasks: name at least one of {', '.join(SETS)}")

@@ -47,7 +47,15 @@ class VLBartEasyVQADataModule(AskedDataModule):
         num_workers: int = 0,
         seed: int = 42,
     ) -> None:
-        super().__init__(tokenizer, batch_size, eval_batch_size, share_visuals=True, num_workers=num_workers, seed=seed)
+        super().__init__(
+            tokenizer,
+            batch_size,
+            eval_batch_size,
+            share_visuals=True,
+            group_by_length=False,  # texts are short, and batches of one kind of question teach less
+            num_workers=num_workers,
+            seed=seed,
+        )
         self.rows = {
             "train_images": train_images,
             "questions_per_image": questions_per_image,

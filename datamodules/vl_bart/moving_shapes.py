@@ -4,29 +4,29 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from datamodules.loading import Stage
-from datamodules.moving_shapes_files import MovingQuestion, make_moving_shapes, read_moving_shapes
+from datamodules.moving_shapes_files import FORMAT, MovingQuestion, make_moving_shapes, read_moving_shapes
 from datamodules.vl_bart.asked import AskedDataModule
 from datamodules.vl_bart.records import Asked
 from datamodules.vl_bart.visuals import VisualFiles, Visuals
 from dora_lightning.model_cache import cache_folder
 from dora_lightning.vl_bart import VLBartParts
 
-KINDS = ("shape", "color", "direction", "count", "first")
+KINDS = ("shape", "color", "direction", "first")
 _SPLITS = {"train": "train", "validate": "val", "test": "test"}
 
 
 class MovingShapesDataModule(AskedDataModule):
-    """Which shape moves, what color it has, which way it goes, how many there are, and which of two came first.
+    """Which shape moves, what color it has, which way it goes, and which of two came first.
 
     The videos are drawn and encoded at the start, once. What is in them, and what can be answered without looking or
     without the order of the frames, is told by :func:`~datamodules.moving_shapes_files.make_moving_shapes`. Sources are
-    ``moving_shapes_shape``, ``moving_shapes_color``, ``moving_shapes_direction``, ``moving_shapes_count`` and
-    ``moving_shapes_first``; in training all are ``moving_shapes``, so that a batch holds all kinds.
+    ``moving_shapes_shape``, ``moving_shapes_color``, ``moving_shapes_direction`` and ``moving_shapes_first``; in
+    training all are ``moving_shapes``, so that a batch holds all kinds.
 
     Args:
         tokenizer: The model, which has a vision tower, or the parts it is put together from.
         data_dir: Where the videos are made; null for the cache.
-        train_videos: Videos to train on, with 4.5 questions each on average.
+        train_videos: Videos to train on, with three questions each.
         val_videos: Videos of validation.
         test_videos: Videos of the test.
         frames: Frames of a video that are looked at.
@@ -51,12 +51,20 @@ class MovingShapesDataModule(AskedDataModule):
         test_videos: int = 400,
         frames: int = 8,
         shuffled: tuple[str, ...] = ("direction", "first"),
-        batch_size: int = 32,
+        batch_size: int = 24,
         eval_batch_size: int = 100,
         num_workers: int = 0,
         seed: int = 42,
     ) -> None:
-        super().__init__(tokenizer, batch_size, eval_batch_size, share_visuals=True, num_workers=num_workers, seed=seed)
+        super().__init__(
+            tokenizer,
+            batch_size,
+            eval_batch_size,
+            share_visuals=True,
+            group_by_length=False,  # texts are short, and batches of one kind of question teach less
+            num_workers=num_workers,
+            seed=seed,
+        )
         for kind in shuffled:
             if kind not in KINDS:
                 raise ValueError(f"shuffled: unknown kind of question {kind!r}; there are {', '.join(KINDS)}")
@@ -89,7 +97,7 @@ class MovingShapesDataModule(AskedDataModule):
 
     def _made(self, stage: Stage) -> Path:
         """The folder of a stage's split: one for each number and seed, so that other settings are other videos."""
-        folder = self.folder / f"{self.videos[stage]}-videos-seed-{self.seed}"
+        folder = self.folder / f"{self.videos[stage]}-videos-seed-{self.seed}-format-{FORMAT}"
         make_moving_shapes(folder, self.videos[stage], _SPLITS[stage], self.seed)
         return folder
 
