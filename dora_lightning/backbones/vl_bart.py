@@ -17,6 +17,7 @@ from dora_lightning.backbones.backbone import Backbone
 from dora_lightning.backbones.causal_lm import enable_recomputation
 from dora_lightning.backbones.seq2seq import encode_prompts, generate_targets, target_log_likelihoods, target_loss
 from dora_lightning.task import Task
+from dora_lightning.training.adapter_checkpoint import KEY
 from dora_lightning.vl_bart import VLBart, VLBartParts, load_vl_bart, load_vl_bart_tokenizer, resolve_vl_bart
 
 ALSO_TRAINED = ("visual_embedding", "biases", "layer_norms", "embeddings", "vision_tower")
@@ -96,14 +97,42 @@ class DoRAVLBart(Backbone):
         """Adapters in BART's encoder and decoder; what is to train in full beside them does.
 
         Raises:
-            ValueError: there is no tower to train.
+            ValueError: there is no tower to train, or what trains in fp32 does not go with the base's dtype.
         """
         assert isinstance(model, VLBart)
+        mixed = {"biases", "layer_norms", "embeddings"} & set(self.also_trained)
+        if mixed and model.dtype != torch.float32 and not self._autocasts():
+            raise ValueError(
+                f"also_trained: {min(mixed)} train in fp32, which a base in {str(model.dtype).removeprefix('torch.')} "
+                "takes under autocast alone: set trainer.precision to bf16-mixed, or dtype to float32"
+            )
         inject_adapters(model, replace(self.adapter, exclude_modules=outside(["model"], self.adapter.exclude_modules)))
         for part in self.also_trained:
             for parameter in _parameters_of(model, part):
                 parameter.requires_grad_(True)
                 parameter.data = parameter.data.float()
+        if model.vision_tower is not None and "vision_tower" in self.also_trained:
+            model.vision_tower.float()  # batch norms' statistics too, which must be of their weights' dtype
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what trains beside the adapters too."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[KEY]["also_trained"] = list(self.also_trained)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base or adapter, or one in which other parts train.
+
+        Raises:
+            ValueError: it is such a checkpoint.
+        """
+        # not from the hyperparameters, which load_from_checkpoint has replaced by those it was called with
+        saved = checkpoint.get(KEY, {}).get("also_trained", self.also_trained)
+        if set(saved) != set(self.also_trained):
+            raise ValueError(
+                f"in the checkpoint also_trained is {', '.join(saved) or 'empty'}, and here "
+                f"{', '.join(self.also_trained) or 'empty'}; what trains must be the same"
+            )
+        super().on_load_checkpoint(checkpoint)
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
         """Cross-entropy of the targets, and how many tokens they have; see :func:`~..seq2seq.target_loss`."""
@@ -142,6 +171,10 @@ class DoRAVLBart(Backbone):
 
     def _encoded(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         return self._vl_bart.encode(batch["input_ids"], batch["attention_mask"], **batch.get("vision", {}))
+
+    def _autocasts(self) -> bool:
+        # without a trainer, whoever runs the model has to see to it
+        return self._trainer is None or "mixed" in str(self._trainer.precision)
 
     @property
     def _vl_bart(self) -> VLBart:

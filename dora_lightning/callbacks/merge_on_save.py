@@ -14,7 +14,7 @@ from torch import nn
 from typing_extensions import override
 
 from dora_lightning.adapters import AdapterConfig, adapted_submodule
-from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint, read_adapter_checkpoint
+from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint, frozen_names, read_adapter_checkpoint
 from dora_lightning.training.base_identity import base_identity
 from dora_lightning.training.merging import merge_to_folder
 from dora_lightning.training.sharded_checkpoint import whole_tensor
@@ -101,8 +101,10 @@ class MergeOnSave(Callback):
 
     def _merge_live(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _, model = adapted_submodule(pl_module)
+        # what a checkpoint holds: batch norms' statistics change too, and are no parameters
+        frozen = frozen_names(model)
         # every process takes part in gathering what is sharded
-        tensors = {name: whole_tensor(p) for name, p in model.named_parameters() if p.requires_grad}
+        tensors = {name: whole_tensor(t) for name, t in model.state_dict().items() if name not in frozen}
         root = Path(trainer.log_dir or trainer.default_root_dir)  # asks the first process
         if trainer.is_global_zero:
             config = cast(AdapterConfig, model.adapter_config)

@@ -249,3 +249,19 @@ def test_gradients_do_not_reach_what_is_frozen(bart: Path) -> None:
     loss.backward()
     grads: dict[str, Tensor | None] = {name: p.grad for name, p in backbone.named_parameters() if not p.requires_grad}
     assert not any(grad is not None for grad in grads.values())
+
+
+def test_half_precision_needs_autocast_beside_biases_that_train(bart: Path, make_trainer: Any) -> None:
+    backbone = DoRAVLBart(VLBartParts(str(bart), feature_dim=C), AdapterConfig(rank=4), dtype="bfloat16")
+    backbone.trainer = make_trainer()
+    with pytest.raises(ValueError, match=r"also_trained: biases train in fp32.*bf16-mixed, or dtype to float32"):
+        backbone.configure_model()
+    backbone.trainer = make_trainer(precision="bf16-mixed")
+    backbone.configure_model()
+    batch = batch_of(backbone)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = backbone.loss(batch)
+    loss.backward()
+    # adapters alone keep to fp32 by themselves
+    alone = make(bart, also_trained=("visual_embedding",), dtype="bfloat16")
+    assert torch.isfinite(alone.loss(batch)[0])

@@ -71,7 +71,7 @@ def test_merged_folder_equals_the_model_of_the_checkpoint(
     assert all(any(kind in name for name in changed) for kind in kinds)
 
 
-@pytest.mark.parametrize("tower", ["features", "vit"])
+@pytest.mark.parametrize("tower", ["features", "vit", "resnet"])
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_a_base_in_half_precision_gives_the_merged_weights_rounded_once(
     half_bart: Path, tmp_path: Path, make_trainer: MakeTrainer, tower: str, dtype: str
@@ -88,8 +88,9 @@ def test_a_base_in_half_precision_gives_the_merged_weights_rounded_once(
 
 
 @pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+@pytest.mark.parametrize("when", ["checkpoint", "fit_end"])
 @pytest.mark.parametrize("tower", ["features", "resnet"])
-def test_merged_while_it_trains(bart: Path, tmp_path: Path, make_trainer: MakeTrainer, tower: str) -> None:
+def test_merged_while_it_trains(bart: Path, tmp_path: Path, make_trainer: MakeTrainer, tower: str, when: str) -> None:
     parts = parts_of(bart, tower)
     optimizer = partial(AdamW, lr=0.01)
     module = adapted(parts, perturbed=False, also_trained=also(tower), optimizer=optimizer)
@@ -97,11 +98,18 @@ def test_merged_while_it_trains(bart: Path, tmp_path: Path, make_trainer: MakeTr
     text = {name: batch.pop(name) for name in ("input_ids", "attention_mask", "labels")}
     loader: Any = DataLoader([text | {"vision": batch}] * 3, batch_size=None)  # type: ignore[list-item,arg-type]
     saver = ModelCheckpoint(dirpath=tmp_path, filename="run")
-    make_trainer(callbacks=[saver, MergeOnSave()], log_every_n_steps=1).fit(module, loader, loader)
-    merged = VLBart.from_pretrained(tmp_path / "run-merged")
+    make_trainer(callbacks=[saver, MergeOnSave(when)], log_every_n_steps=1).fit(module, loader, loader)
+    merged = VLBart.from_pretrained(tmp_path / ("merged" if when == "fit_end" else "run-merged"))
     expected = logits(module.language_model, tower)
     torch.testing.assert_close(logits(merged, tower), expected, rtol=1e-4, atol=1e-4)
     assert (logits(load_vl_bart(parts), tower) - expected).abs().max() > 0.1
+
+
+def test_a_resnet_trains_on_a_base_in_half_precision(half_bart: Path) -> None:
+    module = adapted(parts_of(half_bart, "resnet"), also_trained=also("resnet"))
+    with torch.autocast("cpu", torch.bfloat16):
+        module.language_model(**inputs("resnet")).loss.backward()
+    assert all(p.grad is not None for p in module.language_model.vision_tower.parameters())
 
 
 def test_gathered_names_of_a_tied_weight_need_not_share_memory(
@@ -170,5 +178,7 @@ def test_another_base_is_refused_by_name(bart: Path, tmp_path: Path, make_traine
 def test_other_parts_that_train_are_refused(bart: Path, tmp_path: Path, make_trainer: MakeTrainer) -> None:
     checkpoint = save(adapted(parts_of(bart, "features")), make_trainer(), tmp_path / "adapter.ckpt")
     for others in (["visual_embedding", "biases"], ALL):
-        with pytest.raises(ValueError, match=r"the checkpoint.*(layernorm_embedding|embed_positions)"):
+        with pytest.raises(
+            ValueError, match=r"in the checkpoint also_trained is visual_embedding, biases, layer_norms, and here"
+        ):
             DoRAVLBart.load_from_checkpoint(checkpoint, weights_only=True, also_trained=others)
