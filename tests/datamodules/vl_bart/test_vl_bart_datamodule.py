@@ -299,3 +299,46 @@ def test_a_model_that_cannot_look(bart: Path, tasks: dict[str, dict[str, Any]], 
         VLBartDataModule(str(bart), pixels).setup("test")
     with pytest.raises(ValueError, match="gqa: the model computes features by its own vision tower"):
         VLBartDataModule(with_tower(bart), {"gqa": tasks["gqa"]}).setup("test")
+
+
+def write_clips(tasks: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
+    """A video of two seconds for each id of TVQA."""
+    lines = [line for path in Path(tasks["tvqa"]["folder"], "tvqa").iterdir() for line in path.open()]
+    paths = [folder / f"{name}.mp4" for name in sorted({json.loads(line)["vid_name"] for line in lines})]
+    noise = np.random.default_rng(0).integers(0, 255, (16, 32, 32, 3), dtype=np.uint8)
+    for path in paths:
+        write_video(path, noise, rate=8.0)
+    return paths
+
+
+@pytest.mark.parametrize("fault", ["truncated", "no video", "empty", "missing"])
+def test_videos_that_cannot_be_read(bart: Path, tasks: dict[str, dict[str, Any]], tmp_path: Path, fault: str) -> None:
+    paths = write_clips(tasks, tmp_path)
+    whole = paths[0].read_bytes()
+    # the index is at the end of the file, the data before it
+    contents = {"truncated": whole[: len(whole) // 2], "no video": b"something else", "empty": b""}
+    paths[0].unlink()
+    if fault != "missing":
+        paths[0].write_bytes(contents[fault])
+    options = {"tvqa": {"folder": tasks["tvqa"]["folder"], "videos": str(tmp_path), "every": 0.5}}
+    model = with_tower(bart, features="pooled")
+    with pytest.raises(ValueError, match=rf"tvqa.*{paths[0].stem}"):
+        VLBartDataModule(model, options).setup("fit")
+    data = VLBartDataModule(model, options, on_bad_row="skip")
+    with pytest.warns(UserWarning, match=r"2 of 6 samples were skipped for what they look at; the first: tvqa"):
+        data.setup("fit")
+    names = {sample.images[0] for batch in data.train_dataloader() for sample in batch["samples"]}
+    assert names
+    assert paths[0].stem not in names
+
+
+def test_subtitles_that_are_missing(bart: Path, tasks: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    said = Path(tasks["tvqa"]["folder"], "tv_subtitles.jsonl").read_text().splitlines()
+    (tmp_path / "few.jsonl").write_text("\n".join(said[1:]) + "\n")
+    lacking = tasks["tvqa"] | {"subtitles": str(tmp_path / "few.jsonl")}
+    with pytest.raises(ValueError, match=r"tvqa_train\.jsonl, line 1: .*subtitles"):
+        ready(bart, {"tvqa": lacking})
+    with pytest.warns(UserWarning, match="subtitles"):
+        data = ready(bart, {"tvqa": lacking | {"on_missing_subtitles": "empty"}})
+    prompts = [sample.prompt for batch in data.train_dataloader() for sample in batch["samples"]]
+    assert any(prompt.startswith("[Subs]  [Q]") for prompt in prompts)
