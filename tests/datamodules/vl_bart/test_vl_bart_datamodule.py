@@ -303,7 +303,7 @@ def test_a_model_that_cannot_look(bart: Path, tasks: dict[str, dict[str, Any]], 
 
 def write_clips(tasks: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
     """A video of two seconds for each id of TVQA."""
-    lines = [line for path in Path(tasks["tvqa"]["folder"], "tvqa").iterdir() for line in path.open()]
+    lines = [line for path in Path(tasks["tvqa"]["folder"], "tvqa").iterdir() for line in path.read_text().splitlines()]
     paths = [folder / f"{name}.mp4" for name in sorted({json.loads(line)["vid_name"] for line in lines})]
     noise = np.random.default_rng(0).integers(0, 255, (16, 32, 32, 3), dtype=np.uint8)
     for path in paths:
