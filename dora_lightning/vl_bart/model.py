@@ -19,12 +19,9 @@ from transformers.models.bart.modeling_bart import BartEncoder
 
 from dora_lightning.open_clip_tower import OpenClipTower, OpenClipVision, build_tower
 
-# of pixels, and of features that were computed before
-VISION_INPUTS = (
-    *("features", "boxes", "image_order", "object_order", "visual_mask"),
-    *("pixel_values", "image_counts"),
-    "visual_index",
-)
+_OF_FEATURES = ("features", "image_order", "object_order", "visual_mask")  # that were computed before
+_OF_PIXELS = ("pixel_values", "image_counts")
+VISION_INPUTS = (*_OF_FEATURES, "boxes", *_OF_PIXELS, "visual_index")
 
 
 class VLBartConfig(BartConfig):
@@ -93,8 +90,7 @@ class VisualEmbedding(nn.Module):
                 f"visual features have {features.shape[-1]} numbers, and this model reads {self.feature.in_features} "
                 "(feature_dim)"
             )
-        _check_orders("image", image_order, self.image_order.num_embeddings)
-        _check_orders("object", object_order, self.object_orders)
+        self.check_orders(image_order, object_order)
         if boxes is None:
             boxes = features.new_zeros(*features.shape[:-1], 4)
         width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
@@ -104,8 +100,23 @@ class VisualEmbedding(nn.Module):
             self.feature_norm(self.feature(features.to(dtype)))
             + self.box_norm(self.box(boxes.to(dtype)))
             + self.image_order(image_order)
-            + F.embedding(len(tokens) - 1 - object_order, tokens)
+            # of these tokens alone, so that an order past the last of them is an error on a GPU too
+            + F.embedding(object_order, tokens[-self.object_orders :].flip(0))
         )
+
+    def check_orders(self, image_order: Tensor, object_order: Tensor) -> None:
+        """See whether orders are known, where a look at them costs nothing: a GPU's would be waited for.
+
+        Raises:
+            ValueError: more images or tokens of one than the model tells apart.
+        """
+        known = {"image": self.image_order.num_embeddings, "object": self.object_orders}
+        for what, order in (("image", image_order), ("object", object_order)):
+            if order.numel() and order.device.type == "cpu" and int(order.max()) >= known[what]:
+                raise ValueError(
+                    f"{what} order {int(order.max())}: this model tells {known[what]} apart ({what}_orders), "
+                    "counted from 0"
+                )
 
 
 class VisualTokens(NamedTuple):
@@ -121,7 +132,7 @@ class VLBart(BartForConditionalGeneration):
     """BART with a visual embedding, and a vision tower if its config has one.
 
     Called as BART is, with visual inputs beside the text: features that were computed before, or pixels. Without them
-    it is BART.
+    it is BART. ``generate`` takes what :meth:`encode` returns, as ``encoder_outputs`` and ``attention_mask``.
     """
 
     config_class = VLBartConfig
@@ -165,7 +176,7 @@ class VLBart(BartForConditionalGeneration):
         encoder = self.model.encoder
         visual = None
         if given:
-            tokens = self._from_pixels(**given) if "pixel_values" in given else _from_features(**given)
+            tokens = self._visual_tokens(given)
             weight = cast(Tensor, encoder.embed_tokens.weight)
             visual = self.visual_embedding(
                 tokens.features, given.get("boxes"), tokens.image_order, tokens.object_order, weight
@@ -192,7 +203,17 @@ class VLBart(BartForConditionalGeneration):
             encoder_outputs, input_ids = BaseModelOutput(last_hidden_state=hidden), None
         return super().forward(input_ids, attention_mask, encoder_outputs=encoder_outputs, **options)
 
-    def _from_pixels(self, pixel_values: Tensor, image_counts: Tensor, visual_index: Tensor | None = None) -> VisualTokens:
+    def _visual_tokens(self, given: dict[str, Tensor]) -> VisualTokens:
+        named, optional = (_OF_PIXELS, set()) if "pixel_values" in given else (_OF_FEATURES, {"boxes"})
+        if given.keys() - optional - {"visual_index"} != set(named):
+            raise ValueError(
+                f"expected visual inputs {', '.join(_OF_FEATURES)} and perhaps boxes, or {' and '.join(_OF_PIXELS)}; "
+                f"found {', '.join(given)}"
+            )
+        inputs = [given[name] for name in named]
+        return self._from_pixels(*inputs) if "pixel_values" in given else VisualTokens(*inputs)
+
+    def _from_pixels(self, pixel_values: Tensor, image_counts: Tensor) -> VisualTokens:
         """The tower's features of each sample's images, in their order, padded to the longest."""
         if self.vision_tower is None:
             raise ValueError("this model has no vision tower: give it features, or a tower (vision) when it is made")
@@ -202,6 +223,7 @@ class VLBart(BartForConditionalGeneration):
         per_image = self.vision_tower(pixel_values)  # [N, rows, C]
         image_order, object_order = visual_orders(counts, per_image.shape[1])
         features = nn.utils.rnn.pad_sequence([rows.flatten(0, 1) for rows in per_image.split(counts)], batch_first=True)
+        self.visual_embedding.check_orders(image_order, object_order)
         device = pixel_values.device
         mask = image_order >= 0
         return VisualTokens(features, image_order.clamp(min=0).to(device), object_order.to(device), mask.to(device))
@@ -251,25 +273,6 @@ def visual_orders(counts: Sequence[int], rows: int) -> tuple[Tensor, Tensor]:
     there = index < torch.tensor(counts)[:, None] * rows  # [B, V]
     image, row = (index // rows, index % rows) if rows > 1 else (torch.zeros_like(index), index)
     return torch.where(there, image, -1), torch.where(there, row, 0)
-
-
-def _from_features(
-    features: Tensor,
-    image_order: Tensor,
-    object_order: Tensor,
-    visual_mask: Tensor,
-    boxes: Tensor | None = None,
-    visual_index: Tensor | None = None,
-) -> VisualTokens:
-    return VisualTokens(features, image_order, object_order, visual_mask)
-
-
-def _check_orders(what: str, order: Tensor, known: int) -> None:
-    # a look at a GPU's tensor would wait for it; there the embedding itself fails
-    if order.numel() and order.device.type == "cpu" and int(order.max()) >= known:
-        raise ValueError(
-            f"{what} order {int(order.max())}: this model tells {known} apart ({what}_orders), counted from 0"
-        )
 
 
 AutoConfig.register(VLBartConfig.model_type, VLBartConfig)

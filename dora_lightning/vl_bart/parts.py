@@ -30,6 +30,7 @@ from dora_lightning.open_clip_tower import OpenClipVision, build_tower
 from dora_lightning.pretrained import not_loaded, resolve_pretrained
 from dora_lightning.vl_bart.model import VLBart, VLBartConfig
 
+_READ = (".bin", ".json", ".model", ".safetensors", ".txt")  # weights, configs and tokenizers
 _EXTRA_TOKENS = 100  # that VL-T5 adds before those of object order
 _SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
 
@@ -137,13 +138,21 @@ def _config(name: str) -> PreTrainedConfig:
 def _sources(parts: VLBartParts) -> list[str]:
     """What the parts stand for now: a folder whose files were changed is another source."""
     sources: list[str] = []
-    for name in (parts.language, parts.tokenizer):
-        if isinstance(name, str) and Path(resolved := resolve_pretrained(name)).is_dir():
-            sources += map(file_stamp, sorted(Path(resolved).glob("*.safetensors")))
+    language = resolve_pretrained(parts.language) if isinstance(parts.language, str) else None
+    tokenizer = _tokenizer_source(parts.tokenizer) if isinstance(parts.tokenizer, str) else None
+    for name in (language, tokenizer):
+        if name is not None and Path(name).is_dir():
+            sources += map(file_stamp, sorted(path for path in Path(name).iterdir() if path.suffix in _READ))
     weights = parts.vision.pretrained if parts.vision is not None else None
     if weights is not None and Path(weights).is_file():
         sources.append(file_stamp(Path(weights)))
     return sources
+
+
+def _tokenizer_source(name: str) -> str:
+    # a tokenizer that was saved alone has no config.json
+    folder = Path(name).expanduser()
+    return str(folder) if (folder / "tokenizer_config.json").is_file() else resolve_pretrained(name)
 
 
 def _assemble(parts: VLBartParts, folder: Path, kept_as: Path) -> None:
@@ -189,12 +198,21 @@ def _bart(parts: VLBartParts) -> tuple[BartForConditionalGeneration, PreTrainedT
             raise not_loaded(parts.language, "model", error) from error
     assert parts.tokenizer is not None
     if isinstance(parts.tokenizer, str):
-        tokenizer = AutoTokenizer.from_pretrained(resolve_pretrained(parts.tokenizer))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(parts.tokenizer))
+        except OSError as error:
+            raise not_loaded(parts.tokenizer, "tokenizer", error) from error
     else:
         tokenizer = word_tokenizer(parts.tokenizer)
     ids = {f"{kind}_id": getattr(tokenizer, f"{kind}_id") for kind in ("bos_token", "eos_token", "pad_token")}
     if missing := [kind for kind, value in ids.items() if value is None]:
         raise ValueError(f"tokenizer: {parts.tokenizer} has no {missing[0].removesuffix('_id')}, as BART's has")
+    begun, *_, ended = tokenizer("a")["input_ids"]
+    if (begun, ended) != (ids["bos_token_id"], ids["eos_token_id"]):
+        raise ValueError(
+            f"tokenizer: {parts.tokenizer} does not begin a text with {tokenizer.bos_token} and end it with "
+            f"{tokenizer.eos_token}, as BART's does"
+        )
     config = BartConfig(
         vocab_size=len(tokenizer),
         **ids,
@@ -222,6 +240,8 @@ def _add_tokens(bart: BartForConditionalGeneration, tokenizer: PreTrainedTokeniz
 
 def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer, as BART's is, of which each word is one token; it spells what it does not know.
+
+    A word is letters alone, or digits alone: others are parted there, as by BART's (``a0`` is two tokens).
 
     >>> tokenizer = word_tokenizer(["red", "circle"])
     >>> tokenizer.decode(tokenizer("red circle, round")["input_ids"])

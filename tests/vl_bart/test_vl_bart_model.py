@@ -250,6 +250,36 @@ def test_wrong_inputs(model: VLBart, change: dict[str, Tensor], message: str) ->
 
 
 @pytest.mark.parametrize(
+    "names",
+    [
+        ("features",),
+        ("features", "image_order", "object_order"),
+        ("boxes",),
+        ("visual_index",),
+        ("pixel_values",),
+        ("pixel_values", "image_counts", "boxes"),
+        ("pixel_values", "image_counts", "features"),
+    ],
+    ids=" ".join,
+)
+def test_inputs_that_are_not_all_there(model: VLBart, names: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"expected visual inputs features, .* found {', '.join(names)}$"):
+        model.encode(**inputs(model), **dict.fromkeys(names, torch.zeros(3)))
+
+
+def test_orders_too_large_are_never_looked_up(bart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = VLBartParts(str(bart), vision=OpenClipVision(config=TOWER, features="pooled"), object_orders=3)
+    model = load_vl_bart(parts)
+    frames = {"pixel_values": torch.zeros(12, 3, 16, 16), "image_counts": torch.full((3,), 4)}
+    with pytest.raises(ValueError, match=r"object order 3: this model tells 3 apart \(object_orders\)"):
+        model.encode(**inputs(model), **frames)
+    # where orders are not looked at, on a GPU, the embedding itself must fail
+    monkeypatch.setattr(type(model.visual_embedding), "check_orders", lambda *_: None)
+    with pytest.raises(IndexError):
+        model.encode(**inputs(model), **frames)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"tokenizer": "x"}, "a pretrained BART has its own"),
