@@ -15,7 +15,8 @@ from tiny_llava import save_llava
 from datamodules.conversation import get_conversation_template
 from datamodules.text import TextDataModule
 from datamodules.video_qa import VideoQADataModule, VideoQASet
-from dora_lightning.videos import _FramesOfVideo, write_video
+from dora_lightning.videos import write_video
+from dora_lightning.videos.frames import _FramesOfVideo
 from tasks.video_qa import VideoQA
 from tests.datamodules.conversation_examples import make_bpe, save_llava_processor
 from tests.datamodules.vl_bart.value_examples import write_lines, write_value
@@ -203,7 +204,7 @@ def test_a_span_may_end_a_little_after_the_video(tmp_path: Path, videos: str) ->
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    from dora_lightning import videos as library
+    from dora_lightning.videos import frames as library
 
     seen: list[Any] = []
     read = library.read_frames
