@@ -6,12 +6,10 @@ of ViT-B/32.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from math import isqrt
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dora_lightning.feature_files import pool_grid
+from dora_lightning.feature_rows import pool_grid
+from dora_lightning.open_clip_weights import load_weights, plain_name, weights_file
 
 GRID, POOLED = "grid", "pooled"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -167,7 +166,7 @@ def build_tower(vision: OpenClipVision, weights: bool = True) -> OpenClipTower:
 
     tag: dict[str, Any] = {}
     if vision.name is not None:
-        name = _plain_name(vision.name)
+        name = plain_name(vision.name)
         tag = open_clip.get_pretrained_cfg(name, vision.pretrained or "")
         whole = open_clip.get_model_config(name)
         config = whole["vision_cfg"] | {"embed_dim": whole["embed_dim"], "quick_gelu": whole.get("quick_gelu", False)}
@@ -181,18 +180,28 @@ def build_tower(vision: OpenClipVision, weights: bool = True) -> OpenClipTower:
         torch.manual_seed(vision.seed)
         tower = _build(vision, config, quick_gelu, tag)
     if vision.pretrained is not None:
-        _load_weights(tower, _weights_file(vision, tag), vision.name or "the config")
+        file = weights_file(vision.name, vision.pretrained, tag)
+        load_weights(tower, file, vision.name or "the config", tower.dropped)
     return tower
 
 
 def image_pixels(image: Image.Image, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """An image as a tower reads it, ``[3, image_size, image_size]``.
+    """An image as a tower reads it, ``[3, image_size, image_size]``: scaled, and normalized."""
+    return normalized(scaled_pixels(image, image_size), mean, std)
+
+
+def scaled_pixels(image: Image.Image, image_size: int) -> Tensor:
+    """An image as RGB, uint8 ``[3, image_size, image_size]``.
 
     It is resized straight to the square (bicubic; nothing is cropped, the aspect is not kept), as VL-Adapter does it.
     """
     resized = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
-    return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+
+def normalized(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Pixels ``[..., 3, H, W]`` of 0 to 255 as float32 in [0, 1], less their colour's mean and over its deviation."""
+    return (pixels.float() / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
 def _check_fields(config: dict[str, Any]) -> None:
@@ -212,15 +221,11 @@ def _check_name(name: str) -> None:
     import open_clip
 
     known = open_clip.list_models()
-    if _plain_name(name) not in known:
+    if plain_name(name) not in known:
         close = ", ".join(get_close_matches(name, known)) or "open_clip.list_models() has them"
         raise ValueError(f"name: open_clip has no architecture {name!r}; close to it: {close}")
-    if "timm_model_name" in open_clip.get_model_config(_plain_name(name))["vision_cfg"]:
+    if "timm_model_name" in open_clip.get_model_config(plain_name(name))["vision_cfg"]:
         raise ValueError(f"name: the vision tower of {name} is timm's; only open_clip's own are read")
-
-
-def _plain_name(name: str) -> str:
-    return name.replace("/", "-")  # as open_clip reads OpenAI's spelling, ViT-B/32
 
 
 def _square(size: int | Sequence[int]) -> int:
@@ -241,62 +246,3 @@ def _build(vision: OpenClipVision, config: dict[str, Any], quick_gelu: bool, tag
     except Exception as error:
         raise ValueError(f"open_clip can build no tower from {config}: {error}") from error
     return OpenClipTower(visual, vision.features, vision.rows, tag.get("mean", CLIP_MEAN), tag.get("std", CLIP_STD))
-
-
-def _weights_file(vision: OpenClipVision, tag: dict[str, Any]) -> Path:
-    import open_clip
-
-    if not tag:
-        path = Path(str(vision.pretrained)).expanduser()
-        if path.is_file():
-            return path
-        tags = open_clip.list_pretrained_tags_by_model(_plain_name(vision.name)) if vision.name else []
-        known = f"a tag of {vision.name} ({', '.join(tags)}) or a file" if tags else "a file"
-        raise FileNotFoundError(f"pretrained: no weights {vision.pretrained!r}: expected {known}")
-    try:
-        return Path(open_clip.download_pretrained(tag))
-    except Exception as error:
-        raise FileNotFoundError(
-            f"pretrained: the weights {vision.pretrained!r} of {vision.name} could not be downloaded ({error}); "
-            "the path of a file with them will do as well"
-        ) from error
-
-
-def _load_weights(tower: OpenClipTower, path: Path, name: str) -> None:
-    from open_clip.model import resize_pos_embed
-
-    weights = _read_weights(path)
-    prefix = "visual."
-    # a file of the tower alone has names without the prefix
-    if any(key.startswith(prefix) for key in weights):
-        weights = {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
-    weights = {f"{prefix}{key}": tensor for key, tensor in weights.items() if key.split(".")[0] not in tower.dropped}
-    # a transformer's positions are interpolated where the config asks for another image size than the weights had
-    resize_pos_embed(weights, tower)
-    try:
-        tower.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the vision tower of {name}: {error}") from error
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    from open_clip.factory import load_state_dict
-
-    try:
-        weights = load_state_dict(str(path))
-    except Exception as error:
-        weights = _read_torchscript(path)
-        if weights is None:
-            raise ValueError(f"{path}: not a file of weights that open_clip reads: {error}") from error
-    return weights
-
-
-def _read_torchscript(path: Path) -> dict[str, Tensor] | None:
-    """Weights of a TorchScript archive, which is what OpenAI's own files are; None if the file is none."""
-    try:
-        with warnings.catch_warnings():
-            # deprecated, but nothing else reads such a file
-            warnings.simplefilter("ignore", FutureWarning)
-            return torch.jit.load(str(path), map_location="cpu").state_dict()
-    except RuntimeError:
-        return None

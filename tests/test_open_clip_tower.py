@@ -1,6 +1,5 @@
 """Features against open_clip's own whole models, pixels against torchvision's transforms."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,65 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
-from torch import Tensor, nn
-
-RESNET = {"embed_dim": 16, "layers": [1, 1, 1, 1], "width": 8, "image_size": 64, "head_width": 32}
-VIT = {"embed_dim": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
-CLIP_TEXT = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
-
-
-def whole_clip(config: dict[str, Any], **options: Any) -> Any:
-    """A CLIP of random weights with both towers, batch norms and zero-initialised weights included."""
-    from open_clip import CLIP
-
-    torch.manual_seed(1)
-    vision = {key: value for key, value in config.items() if key != "embed_dim"}
-    model = CLIP(config["embed_dim"], vision, CLIP_TEXT, **options)
-    for module in model.visual.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight, module.bias, module.running_mean):
-                nn.init.normal_(tensor)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    return model.eval()
-
-
-def save(weights: dict[str, Tensor], path: Path) -> str:
-    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, path)
-    return str(path)
-
-
-def images(side: int, count: int = 2) -> Tensor:
-    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(3))
-
-
-def torchscript(model: nn.Module, folder: Path) -> bytes:
-    """As OpenAI publishes its models."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.trace_module(model, {"encode_image": images(64)}).save(str(folder / "traced"))
-    return (folder / "traced").read_bytes()
-
-
-def build(**options: Any) -> Any:
-    from dora_lightning.open_clip_tower import OpenClipVision, build_tower
-
-    return build_tower(OpenClipVision(**options)).eval()
-
-
-def refused(**options: Any) -> str:
-    with pytest.raises(ValueError, match=r".") as error:
-        build(**options)
-    return str(error.value)
-
-
-def last_map(visual: nn.Module, pixels: Tensor) -> Tensor:
-    """What ``layer4`` makes while the whole tower runs, ``[N, C, h, w]``."""
-    seen: list[Tensor] = []
-    handle = visual.get_submodule("layer4").register_forward_hook(lambda module, given, made: seen.append(made))
-    visual(pixels)
-    handle.remove()
-    return seen[0]
+from tiny_open_clip import RESNET, VIT, build, images, last_map, refused, save, whole_clip
+from torch import nn
 
 
 @torch.no_grad()
@@ -144,41 +86,6 @@ def test_quick_gelu_is_that_of_the_weights(tmp_path: Path, monkeypatch: pytest.M
     assert named.mean == open_clip.get_pretrained_cfg("ViT-B-32", "openai")["mean"]
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["tower alone", "pt", "data parallel", "torchscript", "half"])
-def test_files_of_weights(kind: str, tmp_path: Path) -> None:
-    model = whole_clip(RESNET)
-    expected, weights = last_map(model.visual, images(64)), model.state_dict()
-    path = str(tmp_path / "weights.pt")
-    if kind == "tower alone":
-        path = save(model.visual.state_dict(), tmp_path / "visual.safetensors")
-    elif kind == "pt":
-        torch.save({"epoch": 3, "state_dict": weights}, path)
-    elif kind == "data parallel":
-        torch.save({f"module.{key}": tensor for key, tensor in weights.items()}, path)
-    elif kind == "half":
-        model.visual.half().float()
-        expected = last_map(model.visual, images(64))
-        halved = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
-        path = save(halved, tmp_path / "half.safetensors")
-    else:
-        Path(path).write_bytes(torchscript(model, tmp_path))
-    tower = build(config=RESNET, pretrained=path)
-    assert tower.visual.conv1.weight.dtype == torch.float32
-    torch.testing.assert_close(tower(images(64)), expected.flatten(2).transpose(1, 2))
-
-
-@torch.no_grad()
-def test_positions_are_interpolated_as_open_clip_does_it(tmp_path: Path) -> None:
-    import open_clip
-
-    path = save(whole_clip(VIT).state_dict(), tmp_path / "clip.safetensors")
-    larger = whole_clip(VIT | {"image_size": 48})
-    open_clip.load_checkpoint(larger, path)
-    tower = build(config=VIT | {"image_size": 48}, pretrained=path, features="pooled")
-    torch.testing.assert_close(tower(images(48)), larger.encode_image(images(48))[:, None])
-
-
 @pytest.mark.parametrize("config", [RESNET, VIT], ids=["resnet", "vit"])
 @pytest.mark.parametrize("features", ["grid", "pooled"])
 def test_every_parameter_has_a_part_in_the_features(config: dict[str, Any], features: str) -> None:
@@ -245,7 +152,7 @@ def test_plain_containers() -> None:
     assert OpenClipVision(**vision.to_dict()) == vision
 
 
-def test_bad_options_are_named(tmp_path: Path) -> None:
+def test_bad_options_are_named() -> None:
     assert "either a name or a config" in refused()
     assert "either a name or a config" in refused(name="RN101", config=RESNET)
     assert "close to it: RN101" in refused(name="RN10l")
@@ -263,25 +170,3 @@ def test_bad_options_are_named(tmp_path: Path) -> None:
     assert "patches are missing in training" in refused(config=VIT | {"patch_dropout": 0.5})
     assert "attentional_pool has no grid" in refused(config=VIT | {"attentional_pool": True})
     assert "pool_type: none has no pooled" in refused(config=VIT | {"pool_type": "none"}, features="pooled")
-
-    with pytest.raises(FileNotFoundError, match=r"'opnai': expected a tag of RN101 \(openai, .*\) or a file"):
-        build(name="RN101", pretrained="opnai")
-    with pytest.raises(FileNotFoundError, match=r"'openai': expected a file"):
-        build(config=RESNET, pretrained="openai")
-    (tmp_path / "broken.safetensors").write_bytes(b"broken")
-    (tmp_path / "broken.pt").write_bytes(b"broken")
-    for name in ("broken.safetensors", "broken.pt"):
-        assert f"{name}: not a file of weights" in refused(config=RESNET, pretrained=str(tmp_path / name))
-    other = save(whole_clip(VIT).state_dict(), tmp_path / "vit.safetensors")
-    assert "vit.safetensors does not fit the vision tower of the config" in refused(config=RESNET, pretrained=other)
-
-
-def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    import open_clip
-
-    def fail(tag: dict[str, Any]) -> str:
-        raise RuntimeError("no network")
-
-    monkeypatch.setattr(open_clip, "download_pretrained", fail)
-    with pytest.raises(FileNotFoundError, match=r"'openai' of RN101 could not be downloaded \(no network\)"):
-        build(name="RN101", pretrained="openai")

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dora_lightning.feature_files import FeatureFolder, fit_rows, pool_grid
+from dora_lightning.feature_files import FeatureFolder
+from dora_lightning.feature_rows import fit_rows, pool_grid
 from dora_lightning.images import check_image, open_image
+from dora_lightning.open_clip_tower import normalized, scaled_pixels
 from dora_lightning.videos import VIDEO_SUFFIXES, check_video, read_frames, sample_times
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -118,7 +119,7 @@ class Visuals:
         """
         pixels = self._pixels.get(name)
         if pixels is None:
-            pixels = torch.stack([_scaled(image, size) for image in self._open(name)])
+            pixels = torch.stack([scaled_pixels(image, size) for image in self._open(name)])
             if self.keep:
                 self._pixels[name] = pixels
         return pixels
@@ -198,11 +199,5 @@ def pixel_inputs(seen: Sequence[Tensor], mean: Sequence[float], std: Sequence[fl
         mean: What is taken from each colour of a pixel in [0, 1].
         std: What it is divided by then.
     """
-    pixels = torch.cat(list(seen)).float() / 255
-    normalised = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    return {"pixel_values": normalised, "image_counts": torch.tensor([len(images) for images in seen])}
-
-
-def _scaled(image: Image.Image, size: int) -> Tensor:
-    resized = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+    pixel_values = normalized(torch.cat(list(seen)), mean, std)
+    return {"pixel_values": pixel_values, "image_counts": torch.tensor([len(images) for images in seen])}

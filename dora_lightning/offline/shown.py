@@ -10,15 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dora_lightning.feature_files import (
-    NPZ_SUFFIX,
-    SETTINGS_FILE,
-    SUFFIXES,
-    FeatureFolder,
-    fit_rows,
-    pool_grid,
-    read_features,
-)
+from dora_lightning.feature_files import NPZ_SUFFIX, SETTINGS_FILE, SUFFIXES, FeatureFolder, read_features
+from dora_lightning.feature_rows import fit_rows, pool_grid
 from dora_lightning.images import open_image
 from dora_lightning.videos import read_frames, sample_times, video_info
 
