@@ -9,12 +9,13 @@ from datamodules.easy_vqa_questions import (
     hold_out,
     read_questions,
 )
-from datamodules.vl_bart.image_sets import SPLITS, Split
+from datamodules.loading import Stage
+from datamodules.vl_bart.image_sets import SPLITS
 from datamodules.vl_bart.records import Asked
 
 
 def read_easy_vqa(
-    split: Split,
+    split: Stage,
     train_images: int | None = None,
     questions_per_image: int | None = None,
     val_images: int = 400,

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from datamodules.loading import Stage
 from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, require_field
-from datamodules.vl_bart.image_sets import COCOCaptionFiles, GQAFiles, ImageSet, NLVR2Files, Split, VQAv2Files
+from datamodules.vl_bart.image_sets import COCOCaptionFiles, GQAFiles, ImageSet, NLVR2Files, VQAv2Files
 from datamodules.vl_bart.records import Asked
 from datamodules.vqa_files import read_object
 from datamodules.vqa_rows import answer_texts
@@ -28,7 +29,7 @@ _KARPATHY = {"train": "train", "restval": "train", "val": "validate", "test": "t
 # out. Each raises FileNotFoundError for a missing file and ValueError for a bad row or where no row is left.
 
 
-def read_vqav2(where: VQAv2Files, split: Split, seed: int = 42, on_bad_row: OnBadRow = "raise") -> list[Asked]:
+def read_vqav2(where: VQAv2Files, split: Stage, seed: int = 42, on_bad_row: OnBadRow = "raise") -> list[Asked]:
     """VQAv2: one row per question; targets are the labels' answers, references ten people's answers."""
     paths = where.files(split)
     people: dict[int, tuple[str, ...]] = {}
@@ -59,7 +60,7 @@ def read_vqav2(where: VQAv2Files, split: Split, seed: int = 42, on_bad_row: OnBa
     return _kept([asked for path in paths for asked in convert_file(path, convert, on_bad_row)], where, split, seed)
 
 
-def read_gqa(where: GQAFiles, split: Split, seed: int = 42, on_bad_row: OnBadRow = "raise") -> list[Asked]:
+def read_gqa(where: GQAFiles, split: Stage, seed: int = 42, on_bad_row: OnBadRow = "raise") -> list[Asked]:
     """GQA: one row per question, whose label is its one answer."""
 
     def convert(row: Row) -> Asked:
@@ -81,7 +82,7 @@ def read_gqa(where: GQAFiles, split: Split, seed: int = 42, on_bad_row: OnBadRow
     return _kept([asked for path in paths for asked in convert_file(path, convert, on_bad_row)], where, split, seed)
 
 
-def read_nlvr2(where: NLVR2Files, split: Split, seed: int = 42, on_bad_row: OnBadRow = "raise") -> list[Asked]:
+def read_nlvr2(where: NLVR2Files, split: Stage, seed: int = 42, on_bad_row: OnBadRow = "raise") -> list[Asked]:
     """NLVR2: one row per sentence and pair of images.
 
     VL-T5's rows are ``{"identifier", "sent", "img0", "img1", "label": 0 or 1, "uid"}``. The official ones, ``{
@@ -116,7 +117,7 @@ def read_nlvr2(where: NLVR2Files, split: Split, seed: int = 42, on_bad_row: OnBa
 
 
 def read_coco_captions(
-    where: COCOCaptionFiles, split: Split, seed: int = 42, on_bad_row: OnBadRow = "raise"
+    where: COCOCaptionFiles, split: Stage, seed: int = 42, on_bad_row: OnBadRow = "raise"
 ) -> list[Asked]:
     """COCO captions: one row per caption to train on, one per image to evaluate; ``restval`` is trained on."""
 
@@ -152,7 +153,7 @@ def read_coco_captions(
     return _kept(rows, where, split, seed)
 
 
-def _kept(rows: list[Asked], where: ImageSet, split: Split, seed: int) -> list[Asked]:
+def _kept(rows: list[Asked], where: ImageSet, split: Stage, seed: int) -> list[Asked]:
     """The rows that can be used, at most as many as the limit, in their order."""
     if split == "train":
         with_target = [row for row in rows if row.answers]

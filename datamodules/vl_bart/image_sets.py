@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal
 
-Split: TypeAlias = Literal["train", "validate", "test"]
+from datamodules.loading import Stage
 
-SPLITS: tuple[Split, ...] = ("train", "validate", "test")
+SPLITS: tuple[Stage, ...] = ("train", "validate", "test")
 
 
 @dataclass
@@ -43,11 +43,11 @@ class ImageSet:
         """The task's prompt, if texts begin with it."""
         return published if self.prompts == "published" else ""
 
-    def limit(self, split: Split) -> int | None:
+    def limit(self, split: Stage) -> int | None:
         """Most rows of a split."""
         return self.limit_train if split == "train" else self.limit_eval
 
-    def files(self, split: Split) -> list[Path]:
+    def files(self, split: Stage) -> list[Path]:
         """The files with the rows of a split.
 
         Raises:
@@ -58,7 +58,7 @@ class ImageSet:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, found {split!r}")
         return self._existing(self._names(split), split)
 
-    def _names(self, split: Split) -> list[str]:
+    def _names(self, split: Stage) -> list[str]:
         return getattr(self, split)
 
     def _check_names(self, option: str) -> None:
@@ -145,7 +145,7 @@ class NLVR2Files(ImageSet):
     validate: list[str] | None = None
     test: list[str] | None = None
 
-    def _names(self, split: Split) -> list[str]:
+    def _names(self, split: Stage) -> list[str]:
         named: list[str] | None = getattr(self, split)
         if named is not None:
             return named
@@ -168,5 +168,5 @@ class COCOCaptionFiles(ImageSet):
 
     annotations: str = "dataset_coco.json"
 
-    def _names(self, split: Split) -> list[str]:
+    def _names(self, split: Stage) -> list[str]:
         return [self.annotations]

@@ -11,36 +11,37 @@ from typing import Any, TypeGuard
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from datamodules.loading import Stage
 from datamodules.rows import OnBadRow, Row, convert_file, require_field
 from datamodules.vl_bart.records import Subtitle, VideoRow
-from datamodules.vl_bart.value_sets import Split, VALUEFiles, annotation_file, subtitles_file
+from datamodules.vl_bart.value_sets import VALUEFiles, annotation_file, subtitles_file
 
 _TIME = r"(nan|[-+]?\d+(?:\.\d*)?)"
 _SPAN = re.compile(rf"\s*{_TIME}\s*-\s*{_TIME}\s*", re.IGNORECASE)
 _CHOICES = {"tvqa": 5, "how2qa": 4}
 
 
-def read_tvqa(files: VALUEFiles, split: Split, on_bad_row: OnBadRow = "raise") -> list[VideoRow]:
+def read_tvqa(files: VALUEFiles, split: Stage, on_bad_row: OnBadRow = "raise") -> list[VideoRow]:
     """TVQA: five answers a question; see :func:`read_video_qa`."""
     return read_video_qa("tvqa", files, split, on_bad_row)
 
 
-def read_how2qa(files: VALUEFiles, split: Split, on_bad_row: OnBadRow = "raise") -> list[VideoRow]:
+def read_how2qa(files: VALUEFiles, split: Stage, on_bad_row: OnBadRow = "raise") -> list[VideoRow]:
     """How2QA: four answers a question; see :func:`read_video_qa`."""
     return read_video_qa("how2qa", files, split, on_bad_row)
 
 
-def read_tvc(files: VALUEFiles, split: Split, on_bad_row: OnBadRow = "raise") -> list[VideoRow]:
+def read_tvc(files: VALUEFiles, split: Stage, on_bad_row: OnBadRow = "raise") -> list[VideoRow]:
     """TVC: spans of TV clips, each with 2 captions in training and 4 in validation; see :func:`read_captions`."""
     return read_captions("tvc", files, split, on_bad_row)
 
 
-def read_yc2c(files: VALUEFiles, split: Split, on_bad_row: OnBadRow = "raise") -> list[VideoRow]:
+def read_yc2c(files: VALUEFiles, split: Stage, on_bad_row: OnBadRow = "raise") -> list[VideoRow]:
     """YouCook2's captions, each of a whole clip; see :func:`read_captions`."""
     return read_captions("yc2c", files, split, on_bad_row)
 
 
-def read_video_qa(source: str, files: VALUEFiles, split: Split, on_bad_row: OnBadRow = "raise") -> list[VideoRow]:
+def read_video_qa(source: str, files: VALUEFiles, split: Stage, on_bad_row: OnBadRow = "raise") -> list[VideoRow]:
     """Multiple-choice questions about videos.
 
     A row is ``{"vid_name": ..., "qid": ..., "q": ..., "a0": ..., "a1": ..., "answer_idx": 2, "ts": "20.16-25.12"}``;
@@ -70,7 +71,7 @@ def read_video_qa(source: str, files: VALUEFiles, split: Split, on_bad_row: OnBa
     return _read(source, files, split, on_bad_row, "qid", convert, needs_span=source in _CHOICES)
 
 
-def read_captions(source: str, files: VALUEFiles, split: Split, on_bad_row: OnBadRow = "raise") -> list[VideoRow]:
+def read_captions(source: str, files: VALUEFiles, split: Stage, on_bad_row: OnBadRow = "raise") -> list[VideoRow]:
     """Clips to be described; arguments and errors as in :func:`read_video_qa`.
 
     A row is ``{"vid_name": ..., "clip_id": ..., "duration": 94.03, "ts": [35.73, 40.9], "descs": [{"desc": ...}]}``;
@@ -136,7 +137,7 @@ def parse_span(ts: Any) -> tuple[float, float] | None:
 def _read(
     source: str,
     files: VALUEFiles,
-    split: Split,
+    split: Stage,
     on_bad_row: OnBadRow,
     identity: str,
     convert: Callable[[Row, str], VideoRow],

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple
 
-Split: TypeAlias = Literal["train", "validate", "test"]
+from datamodules.loading import Stage
 
 
 class _Layout(NamedTuple):
@@ -72,12 +72,12 @@ class VALUEFiles:
             raise ValueError(f"on_missing_span must be 'raise' or 'whole', found {self.on_missing_span!r}")
 
 
-def has_split(source: str, files: VALUEFiles, split: Split) -> bool:
+def has_split(source: str, files: VALUEFiles, split: Stage) -> bool:
     """Whether anything says where a split is; arguments as in :func:`annotation_file`."""
     return getattr(files, split) is not None or (files.folder is not None and source in _LAYOUTS)
 
 
-def annotation_file(source: str, files: VALUEFiles, split: Split) -> Path:
+def annotation_file(source: str, files: VALUEFiles, split: Stage) -> Path:
     """The annotations of one split.
 
     Args:

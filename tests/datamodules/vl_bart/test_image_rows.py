@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from datamodules.loading import Stage
 from datamodules.vl_bart.image_rows import read_coco_captions, read_gqa, read_nlvr2, read_vqav2
-from datamodules.vl_bart.image_sets import COCOCaptionFiles, GQAFiles, NLVR2Files, Split, VQAv2Files
+from datamodules.vl_bart.image_sets import COCOCaptionFiles, GQAFiles, NLVR2Files, VQAv2Files
 from datamodules.vl_bart.records import Asked
 from tests.datamodules.vl_bart import image_examples
 
@@ -247,7 +248,7 @@ def test_limits_are_drawn_by_the_seed(tmp_path: Path) -> None:
     whole = read_gqa(GQAFiles(str(tmp_path)), "train")
     assert len(whole) == 40
 
-    def drawn(limit: int, split: Split = "train", seed: int = 1) -> list[Asked]:
+    def drawn(limit: int, split: Stage = "train", seed: int = 1) -> list[Asked]:
         return read_gqa(GQAFiles(str(tmp_path), limit_train=limit, limit_eval=3), split, seed=seed)
 
     small, large = drawn(5), drawn(12)
