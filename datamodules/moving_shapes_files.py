@@ -60,9 +60,9 @@ def make_moving_shapes(
 
     In two of three videos one shape moves:
 
-    - ``shape``: "which shape moves?" (3 answers)
-    - ``color``: "what color is the circle?" (7 answers)
     - ``direction``: "which way does the circle move?" (4 answers)
+    - ``shape``: "which shape moves?" (3 answers), or
+    - ``color``: "what color is the circle?" (7 answers)
 
     In the third one shape comes and goes, and then another one of another color:
 
@@ -181,6 +181,8 @@ class Scene(NamedTuple):
     """Red, green and blue, 0 to 255, above and below."""
     later_named_first: bool = False
     """Whether the question what came first names the later one first."""
+    asks_color: bool = False
+    """Whether the color of the one shape is asked for, rather than which shape it is."""
 
     def backwards(self) -> "Scene":
         """What is seen if the frames are shown from the last to the first."""
@@ -213,9 +215,9 @@ class _Deck(Generic[T]):
 def _scenes(videos: int, split: str, seed: int) -> Iterator[tuple[str, Scene]]:
     generator = np.random.default_rng([seed, *split.encode()])
     # a deck for each text, so that its answers are equally frequent
-    movers = _Deck([*product(SHAPES, DIRECTIONS)], generator)
+    movers = _Deck([*product(SHAPES, DIRECTIONS, (False, True))], generator)
     pairs = _Deck([*permutations(SHAPES, 2)], generator)
-    colors = {shape: _Deck([*COLORS], generator) for shape in SHAPES}
+    colors = {key: _Deck([*COLORS], generator) for key in product(SHAPES, (False, True))}
     two_colors = _Deck([*permutations(COLORS, 2)], generator)
     visits = _Deck(_visits(), generator)
     namings = _Deck([False, True], generator)
@@ -226,10 +228,11 @@ def _scenes(videos: int, split: str, seed: int) -> Iterator[tuple[str, Scene]]:
             shapes = tuple(_still(name, color, steps, generator) for name, color, steps in seen)
             scene = Scene(shapes, None, background, namings.deal())
         else:
-            name, direction = movers.deal()
+            name, direction, asks_color = movers.deal()
             sideways = direction in ("left", "right")
             forwards = "right" if sideways else "down"
-            scene = Scene((_mover(name, colors[name].deal(), sideways, generator),), forwards, background)
+            shape = _mover(name, colors[name, asks_color].deal(), sideways, generator)
+            scene = Scene((shape,), forwards, background, asks_color=asks_color)
             scene = scene if direction == forwards else scene.backwards()
         yield f"{split}_{number:06d}", scene
 
@@ -297,7 +300,7 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.nda
 
 
 def _rows(name: str, scene: Scene) -> list[Row]:
-    asked = [(f"what color is the {shape.name}?", "color", shape.color, tuple(COLORS)) for shape in scene.shapes]
+    asked: list[tuple[str, str, str, tuple[str, ...]]] = []
     if scene.direction is None:
         first, second = (shape.color for shape in scene.shapes)
         named = (second, first) if scene.later_named_first else (first, second)
@@ -305,7 +308,10 @@ def _rows(name: str, scene: Scene) -> list[Row]:
     else:
         mover = scene.shapes[0].name
         asked.append((f"which way does the {mover} move?", "direction", scene.direction, DIRECTIONS))
-        asked.append(("which shape moves?", "shape", mover, SHAPES))
+    if scene.direction is None or scene.asks_color:
+        asked += [(f"what color is the {shape.name}?", "color", shape.color, tuple(COLORS)) for shape in scene.shapes]
+    else:
+        asked.append(("which shape moves?", "shape", scene.shapes[0].name, SHAPES))
     return [
         {
             "question_id": f"{name}_{number}",

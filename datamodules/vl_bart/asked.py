@@ -33,7 +33,7 @@ class AskedDataModule(SampledDataModule):
         eval_batch_size: Validation and test rows in a batch, per device.
         truncation: What gives way where a text is too long: ``subtitles``, or, as ``published``, whatever is on the
             right, the question included.
-        share_visuals: Rows that look at the same are drawn together, and looked at once; a batch then has
+        share_visuals: Training rows that look at the same are drawn together, and looked at once; a batch then has
             ``batch_size`` things to look at, each with all its rows.
         group_by_length: Put training rows of like length into a batch, so that little of it is padding.
         num_workers: Processes that read features, or open images and videos.
@@ -96,13 +96,19 @@ class AskedDataModule(SampledDataModule):
             dropped = Counter(item.asked.source for item in encoded) - Counter(item.asked.source for item in kept)
             listing = ", ".join(f"{name}: {count}" for name, count in dropped.items())
             rank_zero_warn(f"{stage}: rows without a target were left out ({listing})")
-        return AskedDataset(kept, together=self.share_visuals)
+        return AskedDataset(kept, together=self.share_visuals and stage == "train")
 
     def train_sampler(self, dataset: AskedDataset, **replicas: Any) -> LengthGroupedSampler:
         """Batches of one task and of texts of like length."""
         sizes = dict.fromkeys(dataset.groups, self.batch_size) | dict(self.batch_sizes())
         return LengthGroupedSampler(
-            dataset.lengths, sizes, seed=self.seed, groups=dataset.groups, count_epochs=True, **replicas
+            dataset.lengths,
+            sizes,
+            seed=self.seed,
+            groups=dataset.groups,
+            group_by_length=self.group_by_length,
+            count_epochs=True,
+            **replicas,
         )
 
     def train_collator(self) -> AskedCollator:

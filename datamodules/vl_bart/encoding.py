@@ -179,5 +179,5 @@ class AskedCollator:
 def _shuffled(moments: Tensor, asked: Asked) -> Tensor:
     if asked.shuffle is None:
         return moments
-    generator = torch.Generator().manual_seed(asked.shuffle)
-    return moments[torch.randperm(len(moments), generator=generator)]
+    order = torch.randperm(len(moments), generator=torch.Generator().manual_seed(asked.shuffle // 2))
+    return moments[order.flip(0) if asked.shuffle % 2 else order]

@@ -26,12 +26,12 @@ class MovingShapesDataModule(AskedDataModule):
     Args:
         tokenizer: The model, which has a vision tower, or the parts it is put together from.
         data_dir: Where the videos are made; null for the cache.
-        train_videos: Videos to train on, with three questions each.
+        train_videos: Videos to train on, with two or three questions each.
         val_videos: Videos of validation.
         test_videos: Videos of the test.
         frames: Frames of a video that are looked at.
-        shuffled: Kinds of question that are tested a second time with the frames in another order, as the sources
-            ``moving_shapes_<kind>_shuffled``.
+        shuffled: Kinds of question that are tested again with the frames in another order, and in that order backwards,
+            as the sources ``moving_shapes_<kind>_shuffled``.
         batch_size: Videos in a training batch, each with all its questions.
         eval_batch_size: Questions in a batch of validation or test.
         num_workers: Processes that decode videos. Decoded frames are kept in memory, in each process.
@@ -61,7 +61,6 @@ class MovingShapesDataModule(AskedDataModule):
             batch_size,
             eval_batch_size,
             share_visuals=True,
-            group_by_length=False,  # texts are short, and batches of one kind of question teach less
             num_workers=num_workers,
             seed=seed,
         )
@@ -83,9 +82,10 @@ class MovingShapesDataModule(AskedDataModule):
         questions = read_moving_shapes(self._made(stage), _SPLITS[stage], self.on_bad_row)
         rows = [_row(question, stage) for question in questions]
         again = [
-            row._replace(source=f"{row.source}_shuffled", shuffle=number)
+            row._replace(source=f"{row.source}_shuffled", shuffle=2 * number + backwards)
             for number, (question, row) in enumerate(zip(questions, rows, strict=True))
             if stage == "test" and question.kind in self.shuffled
+            for backwards in (0, 1)
         ]
         return rows + again
 

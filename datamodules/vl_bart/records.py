@@ -40,7 +40,9 @@ class Asked(NamedTuple):
     """Texts to rank, where the task is judged so."""
 
     shuffle: int | None = None
-    """Seed by which the frames of its video are put in another order, to see what the order is worth; None for none."""
+    """Number by which the frames of its video are put in another order, to see what the order is worth; an odd one
+    gives the order of the even one before it backwards, so that whoever goes by the order is misled by one of the two.
+    None leaves them as they are."""
 
     max_target_tokens: int = 10
     """Most tokens of a target, special tokens included."""
