@@ -226,3 +226,81 @@ def test_evaluation_sees_every_sample_once_and_ranks_see_the_same_group(
 def test_as_many_groups_as_samples() -> None:
     with pytest.raises(ValueError, match="expected one group for each of 3 samples, found 2"):
         LengthGroupedSampler([1, 2, 3], 1, groups=[True, False])
+
+
+# batch sizes by group
+SIZES = {"vqa": 3, "nlvr": 1, "caption": 2}
+TASKS = ["vqa"] * 20 + ["nlvr"] * 7 + ["caption"] * 9
+
+
+def of_tasks(world: int = 1, rank: int = 0, sizes: Any = SIZES, **options: Any) -> LengthGroupedSampler:
+    return LengthGroupedSampler(
+        LENGTHS[: len(TASKS)], sizes, num_replicas=world, rank=rank, groups=TASKS, seed=4, **options
+    )
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("sort", [True, False])
+def test_each_group_has_its_batch_size(world: int, sort: bool) -> None:
+    ranks = [list(of_tasks(world, rank, group_by_length=sort)) for rank in range(world)]
+    steps: Counter[str] = Counter()
+    seen: Counter[int] = Counter()
+    for parts in zip(*ranks, strict=True):
+        (task,) = {TASKS[index] for index in flat(list(parts))}
+        assert {len(own) for own in parts} == {SIZES[task]}
+        steps[task] += 1
+        seen.update(flat(list(parts)))
+    members = Counter(TASKS)
+    assert steps == {task: -(-members[task] // (world * size)) for task, size in SIZES.items()}
+    assert steps.total() == len(of_tasks(world))
+    for task, size in SIZES.items():
+        own = [seen[index] for index, name in enumerate(TASKS) if name == task]
+        assert sum(own) == steps[task] * world * size
+        assert set(own) <= {1, 2}  # some of the first fill up the last batch
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_global_batches_of_sized_groups_do_not_depend_on_the_number_of_ranks(world: int) -> None:
+    whole = {task: 6 * size for task, size in SIZES.items()}
+    share = {task: size // world for task, size in whole.items()}
+    alone = [sorted(batch) for batch in of_tasks(sizes=whole)]
+    ranks = [list(of_tasks(world, rank, share)) for rank in range(world)]
+    assert [sorted(flat(list(parts))) for parts in zip(*ranks, strict=True)] == alone
+
+
+def test_epochs_are_counted_in_the_indices() -> None:
+    plain, counted = of_tasks(), of_tasks(count_epochs=True)
+    for epoch in (0, 1, 5):
+        plain.set_epoch(epoch)
+        counted.set_epoch(epoch)
+        assert [[index + 36 * epoch for index in batch] for batch in plain] == list(counted)
+    counted.skip_batches = 3
+    assert [[divmod(index, 36) for index in batch] for batch in counted] == [
+        [(5, index) for index in batch] for batch in list(plain)[3:]
+    ]
+    ranks = [of_tasks(2, rank, count_epochs=True) for rank in range(2)]
+    for sampler in ranks:
+        sampler.set_epoch(2)
+        assert {index // 36 for batch in sampler for index in batch} == {2}
+    # evaluation knows no epochs
+    evaluation = of_tasks(shuffle=False, count_epochs=True)
+    evaluation.set_epoch(3)
+    assert sorted(flat(list(evaluation))) == list(range(36))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_with_a_batch_size_for_each_group(world: int) -> None:
+    sizes = SIZES | {"nlvr": 2}
+    ranks = [list(of_tasks(world, rank, sizes, shuffle=False)) for rank in range(world)]
+    assert sorted(flat(flat(ranks))) == list(range(36))
+    for parts in zip(*ranks, strict=True):
+        (task,) = {TASKS[index] for index in flat(list(parts))}
+        assert max(map(len, parts)) <= sizes[task]
+
+
+def test_batch_sizes_that_do_not_go_with_the_groups() -> None:
+    with pytest.raises(ValueError, match=r"batch_size: no number for nlvr, found \{'vqa': 3, 'caption': 2\}"):
+        of_tasks(sizes={"vqa": 3, "caption": 2})
+    with pytest.raises(ValueError, match="batch_size must be at least 1, found 0"):
+        of_tasks(sizes=SIZES | {"nlvr": 0})
+    assert list(of_tasks(sizes=SIZES | {"gqa": 9})) == list(of_tasks())  # one that has no samples now
