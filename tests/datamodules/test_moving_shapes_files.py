@@ -15,16 +15,8 @@ import pytest
 pytest.importorskip("av")
 
 from datamodules import moving_shapes_files
-from datamodules.moving_shapes_files import (
-    COLORS,
-    DIRECTIONS,
-    SHAPES,
-    STEPS,
-    MovingQuestion,
-    Scene,
-    make_moving_shapes,
-    read_moving_shapes,
-)
+from datamodules.moving_shapes_drawing import COLORS, DIRECTIONS, SHAPES, STEPS, Scene, draw_scenes, visits
+from datamodules.moving_shapes_files import MovingQuestion, make_moving_shapes, read_moving_shapes
 from dora_lightning.videos import VideoInfo, check_video, read_frames, sample_times
 
 CHANCE = {"shape": 1 / 3, "color": 1 / 7, "direction": 1 / 4, "first": 1 / 2}
@@ -47,7 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scenes(videos: int, split: str = "train", seed: int = 1) -> dict[str, Scene]:
-    return dict(moving_shapes_files._scenes(videos, split, seed))
+    return dict(draw_scenes(videos, split, seed))
 
 
 def rows(videos: int, split: str, seed: int = 1) -> list[dict]:
@@ -204,11 +196,10 @@ def test_either_way_is_equally_likely() -> None:
         else:
             for place, shape in zip(("first", "second"), shapes, strict=True):
                 features[place].append(np.array([*shape.start, shape.radius, len(shape.steps)]))
-    visits = moving_shapes_files._visits()
     backwards = [
-        tuple(tuple(sorted(STEPS - 1 - step for step in steps)) for steps in reversed(visit)) for visit in visits
+        tuple(tuple(sorted(STEPS - 1 - step for step in steps)) for steps in reversed(visit)) for visit in visits()
     ]
-    assert set(backwards) == set(visits)
+    assert set(backwards) == set(visits())
     for one, other in (("left", "right"), ("up", "down"), ("first", "second")):
         a, b = np.stack(features[one]), np.stack(features[other])
         error = np.sqrt(a.var(0) / len(a) + b.var(0) / len(b))
