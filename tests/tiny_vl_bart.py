@@ -45,6 +45,7 @@ def save_bart(folder: Path, seed: int = 0, **changes: Any) -> Path:
         **(BART | changes),
     )
     model = BartForConditionalGeneration(config)
+    model.generation_config.forced_eos_token_id = ids["eos_token_id"]  # transformers 5.0 leaves it out
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -220,7 +220,10 @@ def _bart(parts: VLBartParts) -> tuple[BartForConditionalGeneration, PreTrainedT
         forced_eos_token_id=ids["eos_token_id"],
         **parts.language,
     )
-    return BartForConditionalGeneration(config), tokenizer
+    bart = BartForConditionalGeneration(config)
+    # transformers 5.0 does not take it from the config
+    bart.generation_config.forced_eos_token_id = ids["eos_token_id"]
+    return bart, tokenizer
 
 
 def _add_tokens(bart: BartForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, object_orders: int) -> None:
