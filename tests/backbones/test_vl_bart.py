@@ -98,6 +98,39 @@ def test_rankings(bart: Path) -> None:
     assert [len(scores) for scores in backbone.rankings(batch | {"samples": mixed})] == [2, 0, 2]
 
 
+def test_options_in_any_order_and_none_at_all(bart: Path) -> None:
+    backbone = make(bart).eval()
+    perturb(backbone)
+    batch = batch_of(backbone)
+    expected = backbone.rankings(batch)
+    turned = [sample._replace(options=("blue circle", "red", "blue")) for sample in batch["samples"]]
+    for scores, in_order in zip(backbone.rankings(batch | {"samples": turned}), expected, strict=True):
+        torch.testing.assert_close(scores, in_order[[2, 0, 1]])
+    none = [sample._replace(options=()) for sample in batch["samples"]]
+    assert [scores.tolist() for scores in backbone.rankings(batch | {"samples": none})] == [[], [], []]
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 0.3, 0.6]])
+def test_a_batch_without_targets_costs_nothing(bart: Path, weights: list[float] | None) -> None:
+    backbone = make(bart)
+    batch = batch_of(backbone, weights)
+    loss, tokens = backbone.loss(batch | {"labels": torch.full_like(batch["labels"], -100)})
+    assert (loss.item(), tokens) == (0.0, 0)
+    loss.backward()  # as other processes do, which have targets
+    grads = [p.grad for p in backbone.parameters() if p.requires_grad and p.grad is not None]
+    assert grads
+    assert not any(grad.any() for grad in grads)
+
+
+def test_the_bias_of_logits_counts(bart: Path) -> None:
+    backbone = make(bart).eval()
+    batch = batch_of(backbone)
+    model: Any = backbone.language_model
+    model.final_logits_bias += torch.randn(model.final_logits_bias.shape, generator=torch.Generator().manual_seed(2))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")} | batch["vision"]
+    torch.testing.assert_close(backbone.loss(batch)[0], model(**inputs).loss)
+
+
 def log_likelihood(backbone: DoRAVLBart, batch: dict[str, Any], row: int, option: str, end: bool) -> float:
     ids = torch.tensor([backbone.tokenizer(option)["input_ids"]])
     ids = ids if end else ids[:, :-1]
