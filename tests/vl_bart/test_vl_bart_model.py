@@ -132,6 +132,34 @@ def test_text_alone_is_plain_bart(model: VLBart, bart: Path) -> None:
     torch.testing.assert_close(hidden[seen], plain.model.encoder(**text).last_hidden_state[seen])
 
 
+def test_training_drops_what_plain_bart_drops(bart: Path) -> None:
+    plain = BartForConditionalGeneration.from_pretrained(bart).train()
+    model = load_vl_bart(VLBartParts(str(bart), feature_dim=C)).train()
+    text = inputs(model)
+    for module in (plain, model):
+        module.model.encoder.dropout = 0.3
+    torch.manual_seed(5)
+    expected = plain.model.encoder(**text).last_hidden_state
+    torch.manual_seed(5)
+    hidden, _ = model.encode(**text)
+    seen = text["attention_mask"].bool()
+    torch.testing.assert_close(hidden[seen], expected[seen])
+    # with every layer dropped, what is read goes through as it is
+    model.model.encoder.layerdrop = 1.0
+    model.model.encoder.dropout = 0.0
+    encoder = model.model.encoder
+    ids = text["input_ids"]
+    read = encoder.layernorm_embedding(encoder.embed_tokens(ids) + encoder.embed_positions(ids))
+    torch.testing.assert_close(model.encode(**text)[0], read)
+    assert not torch.allclose(model.eval().encode(**text)[0], read)
+
+
+def test_images_that_are_not_as_many_as_counted(bart: Path) -> None:
+    model = load_vl_bart(VLBartParts(str(bart), vision=OpenClipVision(config=TOWER)))
+    with pytest.raises(ValueError, match="image_counts says 4 images, and pixel_values holds 3"):
+        model.encode(**inputs(model), pixel_values=torch.zeros(3, 3, 16, 16), image_counts=torch.tensor([1, 2, 1]))
+
+
 def test_features_reach_the_answer_and_each_sample_sees_its_own(model: VLBart) -> None:
     text, vision = inputs(model), features(3, 1, rows=4, numbers=C)
     labels = torch.randint(5, 200, (3, 4), generator=torch.Generator().manual_seed(2))

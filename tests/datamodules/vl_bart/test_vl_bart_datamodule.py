@@ -166,6 +166,26 @@ def test_targets_are_drawn_by_their_scores(bart: Path, tasks: dict[str, dict[str
     assert again == first[3]
 
 
+def test_evaluation_takes_the_best_target(bart: Path, tasks: dict[str, dict[str, Any]]) -> None:
+    data = ready(bart, {"vqav2": tasks["vqav2"]}, "validate")
+    assert data.tokenizer is not None
+    best = {
+        row.row["question_id"]: max((score, text) for text, score in row.answers)[1]
+        for row in data.asked("validate")
+        if row.answers
+    }
+    several = [row for row in data.asked("validate") if len({score for _, score in row.answers}) > 1]
+    assert several
+    for batch in data.val_dataloader():
+        for sample, labels in zip(batch["samples"], batch["labels"].tolist(), strict=True):
+            if sample.row["question_id"] not in best:
+                continue
+            assert sample.target == best[sample.row["question_id"]]
+            written = data.tokenizer.decode([token for token in labels if token >= 0], skip_special_tokens=True)
+            assert sample.target.startswith(written)  # which may be cut
+            assert written
+
+
 class Seen(Callback):
     """Writes down what each training batch was."""
 
