@@ -31,6 +31,7 @@ from datamodules.sampling import LengthGroupedSampler
 from datamodules.subsets import split_off
 from datamodules.templates import TEMPLATES, PromptTemplate, get_template
 from datamodules.text import TextDataModule
+from datamodules.video_qa import VideoQADataModule
 from datamodules.vision import VisionCollator, VisionDataModule
 from datamodules.vl_bart import AskedDataModule, MovingShapesDataModule, VLBartDataModule, VLBartEasyVQADataModule
 from datamodules.vqa import VQADataModule
@@ -72,6 +73,7 @@ __all__ = [
     "VLBartDataModule",
     "VLBartEasyVQADataModule",
     "VQADataModule",
+    "VideoQADataModule",
     "VisionCollator",
     "VisionDataModule",
     "answer_labels",

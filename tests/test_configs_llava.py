@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from datamodules import VideoQADataModule
 from dora_lightning.callbacks import GroupLearningRates, ShardedTraining
 from dora_lightning.cli import DoRACLI
 from dora_lightning.llava_parts import LlavaParts
 from dora_lightning.training import WarmupDecay
+from tasks import VideoQA
 
-ROOT = Path(__file__).parent.parent / "configs"
+ROOT = Path(__file__).resolve().parent.parent / "configs"
 PROTOCOL = ROOT / "llava" / "protocol.yaml"
 EASY = ROOT / "llava" / "easy-vqa.yaml"
 MODELS = sorted(path for path in (ROOT / "llava").glob("*.yaml") if path not in (PROTOCOL, EASY))
@@ -134,3 +136,15 @@ def test_each_benchmark_goes_with_a_run_s_config(read_config: ReadConfig, path: 
 def test_every_benchmark_of_the_paper_has_one() -> None:
     names = {"vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mmbench"}
     assert {path.stem for path in BENCHMARKS} == names
+
+
+def test_videos_go_with_a_run_s_config(
+    read_config: ReadConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "value" / "how2").mkdir(parents=True)
+    cli = read_config(PROTOCOL, ROOT / "llava" / "llava-1.5-7b-dora.yaml", ROOT / "llava" / "video" / "how2qa.yaml")
+    assert isinstance(cli.datamodule, VideoQADataModule)
+    assert isinstance(cli.model.task, VideoQA)
+    # 576 tokens of each frame leave room in Vicuna's window
+    assert 576 * cli.datamodule.frames + 512 < cli.datamodule.cutoff_len == 4096
