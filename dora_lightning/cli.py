@@ -31,6 +31,7 @@ from dora_lightning.callbacks import DoRA
 from dora_lightning.extract_features import extract_features
 from dora_lightning.mt_bench.commands import mt_bench, mt_bench_judge, mt_bench_scores
 from dora_lightning.offline import generate, merge
+from dora_lightning.planning import plan
 from dora_lightning.runs import RESULT_FILE, next_version, unfinished_run, write_result
 
 BEFORE_FILE = "before.json"
@@ -43,6 +44,7 @@ TRAINER_VERBS = {
     "validate": "evaluate on the validation data",
     "test": "evaluate on the test data: ... test --config run/config.yaml --ckpt_path run/checkpoints/last.ckpt",
     "predict": "generate an answer for each test sample",
+    "plan": "memory and speed to expect of fit, without running it: ... plan --config ... --gpus 8 --memory 80",
 }
 OFFLINE_VERBS: dict[str, Callable[..., Any]] = {
     "merge": merge,
@@ -262,7 +264,10 @@ def _run(args: list[str] | None) -> None:
             # importing them makes their classes known by their short names; elsewhere there need be none
             if importlib.util.find_spec(recipes):
                 importlib.import_module(recipes)
-        DoRACLI(args)
+        if verb == "plan":
+            plan(DoRACLI, given[1:])
+        else:
+            DoRACLI(args)
     elif verb == "--version":
         print(dora_lightning.__version__)
     elif verb in ("--help", "-h"):
