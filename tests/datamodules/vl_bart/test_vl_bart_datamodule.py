@@ -169,6 +169,7 @@ def test_targets_are_drawn_by_their_scores(bart: Path, tasks: dict[str, dict[str
 def test_evaluation_takes_the_best_target(bart: Path, tasks: dict[str, dict[str, Any]]) -> None:
     data = ready(bart, {"vqav2": tasks["vqav2"]}, "validate")
     assert data.tokenizer is not None
+    assert (data.train_collator().draw, data.collator().draw) == (True, False)
     best = {
         row.row["question_id"]: max((score, text) for text, score in row.answers)[1]
         for row in data.asked("validate")
