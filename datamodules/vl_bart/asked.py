@@ -124,7 +124,8 @@ class AskedDataModule(SampledDataModule):
         assert self._visuals is not None
         assert self._config is not None
         size, mean, std = _reading(self._config)
-        return AskedCollator(self.tokenizer, self._visuals, size, mean, std, draw, self.seed)
+        orders = self._config.object_orders
+        return AskedCollator(self.tokenizer, self._visuals, size, mean, std, orders, draw, self.seed)
 
     def _load(self) -> None:
         if self.tokenizer is not None:

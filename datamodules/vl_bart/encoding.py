@@ -84,6 +84,7 @@ class AskedCollator:
         image_size: Pixels of a side, where a tower is to see them.
         mean: As in :func:`~datamodules.vl_bart.visuals.pixel_inputs`.
         std: Likewise.
+        object_orders: Most rows of features of an image or a video that the model tells apart.
         draw: Draw a row's target in proportion to its answers' scores; else the best one is taken.
         seed: Seed of that.
     """
@@ -95,6 +96,7 @@ class AskedCollator:
         image_size: int | None,
         mean: Sequence[float],
         std: Sequence[float],
+        object_orders: int,
         draw: bool,
         seed: int,
     ) -> None:
@@ -102,6 +104,7 @@ class AskedCollator:
         self.visuals = visuals
         self.image_size = image_size
         self.mean, self.std = mean, std
+        self.object_orders = object_orders
         self.draw = draw
         self.seed = seed
 
@@ -168,12 +171,21 @@ class AskedCollator:
     def _seen(self, visuals: Visuals, row: EncodedAsked) -> Any:
         try:
             if visuals.from_features:
-                return [_shuffled(visuals.features(name), row.asked) for name in row.asked.visuals]
+                return [_shuffled(self._features(visuals, name), row.asked) for name in row.asked.visuals]
             assert self.image_size is not None
             pixels = [_shuffled(visuals.pixels(name, self.image_size), row.asked) for name in row.asked.visuals]
             return torch.cat(pixels)
         except ValueError as error:
             raise ValueError(f"{sample_name(row.sample)}: {error}") from error
+
+    def _features(self, visuals: Visuals, name: str) -> Tensor:
+        features = visuals.features(name)
+        if len(features) > self.object_orders:
+            raise ValueError(
+                f"{name} has {len(features)} rows of features, and the model tells {self.object_orders} apart "
+                "(object_orders); bring them to fewer (grid_rows, video_rows)"
+            )
+        return features
 
 
 def _shuffled(moments: Tensor, asked: Asked) -> Tensor:

@@ -91,12 +91,15 @@ def task_options(name: str, given: Mapping[str, Any]) -> TaskOptions:
     for option, field in of_rows.items():
         if field.default is MISSING and field.default_factory is MISSING and option not in given:
             raise ValueError(f"tasks: {name}: {option} is missing")
+    size = given.get("batch_size")
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise ValueError(f"tasks: {name}: batch_size must be a whole number of at least 1, found {size!r}")
     try:
         rows = SETS[name].options(**{key: value for key, value in given.items() if key in of_rows})
         visuals = VisualFiles(**{key: value for key, value in given.items() if key in of_visuals})
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"tasks: {name}: {error}") from error
-    return TaskOptions(rows, visuals, given.get("batch_size"))
+    return TaskOptions(rows, visuals, size)
 
 
 def _close(name: str, known: Any) -> str:

@@ -87,7 +87,7 @@ class Visuals:
 
         Args:
             name: The id.
-            decode: Decode images and videos whole; else read their headers alone.
+            decode: Decode images and videos whole, and read features; else images' and videos' headers alone.
 
         Raises:
             ValueError: It is missing or broken.
@@ -95,6 +95,8 @@ class Visuals:
         if self.from_features:
             if name not in self._features:
                 raise ValueError(f"no features of {name!r} in {self.files.features}")
+            if decode:
+                self.features(name)
         elif self.of_videos:
             check_video(self.path(name), decode)
         else:

@@ -226,11 +226,9 @@ class _AdapterLinear(torch.autograd.Function):
             dbias = flat_dy.sum(dim=0, dtype=_wide_dtype(dy.dtype)).to(ctx.bias_dtype)
         if needs_gain:
             dgain = _sum_of_products(flat_dy, _flat(z)).to(gain.dtype)
-        # dz = g * dy is built for the product with the weight alone; elsewhere the gain goes into a small factor
+        # g * dy is built where there are fewer tokens than inputs; elsewhere the gain goes into a smaller factor
         if needs_x:
-            dz = flat_dy if gain is None else _scale(flat_dy, gain, out=torch.empty_like(flat_dy))
-            dx = (dz @ weight.to(dz.dtype)).view(x.shape)
-            del dz
+            dx = _product_with_gain(flat_dy, gain, weight).view(x.shape)
         if needs_weight:
             dweight = flat_dy.T @ _flat(x)
             dweight = (dweight if gain is None else gain[:, None] * dweight).to(weight.dtype)
@@ -301,6 +299,23 @@ class _AdaptProduct(torch.autograd.Function):
         if needs_z:
             dz = dy if gain is None else _scale(dy, gain, out=torch.empty_like(dy))
         return dz, dx, dbias, dA, dB, None, dgain
+
+
+def _product_with_gain(
+    dy: Float[Tensor, "tokens out"], gain: Float[Tensor, " out"] | None, weight: Float[Tensor, "out in"]
+) -> Float[Tensor, "tokens in"]:
+    """``(g * dy) @ W`` in the dtype of ``dy``; the gain is put into the smaller of the two."""
+    weight = weight.to(dy.dtype)
+    if gain is None:
+        return dy @ weight
+    if dy.shape[0] <= weight.shape[1]:
+        return _scale(dy, gain, out=torch.empty_like(dy)) @ weight
+    scaled = torch.empty_like(weight)
+    parts = _split_rows(weight)
+    gains = gain[:, None].split(parts[0].shape[0])
+    for rows, row_gains, out_rows in zip(parts, gains, _split_rows(scaled), strict=True):
+        torch.mul(rows, row_gains, out=out_rows)
+    return dy @ scaled
 
 
 def _sum_of_products(a: Float[Tensor, "tokens out"], b: Float[Tensor, "tokens out"]) -> Float[Tensor, " out"]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dora_lightning.adapters import functional
 from dora_lightning.adapters.functional import adapted_norm, adapter_linear, decompose, merge_weight, weight_norm_sq
 from tests.adapters.perturbed import adapted, assert_close
 
@@ -272,3 +273,17 @@ def test_decompose() -> None:
     magnitude, direction = decompose(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
     assert torch.equal(magnitude, torch.tensor([5.0, 0.0]))
     torch.testing.assert_close(direction, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("tokens", [5, 50])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_the_gain_in_either_factor_gives_one_gradient(tokens: int, dtype: torch.dtype, tolerance: float) -> None:
+    # fewer tokens than the 20 inputs, and more: the gain goes into the gradient, or into the weight
+    generator = torch.Generator().manual_seed(0)
+    dy, weight = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((tokens, 30), (30, 20)))
+    gain = 1 + 0.1 * torch.randn(30, generator=generator)
+    found = functional._product_with_gain(dy, gain, weight)
+    assert found.dtype == dtype
+    expected = (gain.double() * dy.double()) @ weight.double()
+    assert float((found.double() - expected).abs().max() / expected.abs().max()) < tolerance
+    torch.testing.assert_close(functional._product_with_gain(dy, None, weight), dy @ weight)

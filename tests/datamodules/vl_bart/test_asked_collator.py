@@ -25,7 +25,7 @@ class Nothing:
 def batch_of(rows: list[Asked], seed: int = 0, draw: bool = True, together: bool = False) -> dict[str, Any]:
     dataset = AskedDataset(encode_asked(rows, TOKENIZER), together)
     visuals: Any = {"x": Nothing()}
-    collator = AskedCollator(TOKENIZER, visuals, None, CLIP_MEAN, CLIP_STD, draw, seed)
+    collator = AskedCollator(TOKENIZER, visuals, None, CLIP_MEAN, CLIP_STD, 100, draw, seed)
     return collator(dataset[list(range(len(dataset)))])
 
 

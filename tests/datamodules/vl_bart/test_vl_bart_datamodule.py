@@ -363,3 +363,25 @@ def test_subtitles_that_are_missing(bart: Path, tasks: dict[str, dict[str, Any]]
         data = ready(bart, {"tvqa": lacking | {"on_missing_subtitles": "empty"}})
     prompts = [sample.prompt for batch in data.train_dataloader() for sample in batch["samples"]]
     assert any(prompt.startswith("[Subs]  [Q]") for prompt in prompts)
+
+
+def test_more_rows_of_features_than_the_model_tells_apart(
+    bart: Path, tasks: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    names = {path.stem for path in Path(tasks["tvqa"]["features"]).iterdir()}
+    for name in names:
+        np.savez(tmp_path / f"{name}.npz", features=np.ones((101, C)))
+    task = tasks["tvqa"] | {"features": str(tmp_path)}
+    assert next(iter(ready(bart, {"tvqa": task}, "test").test_dataloader()))["vision"]["features"].shape[1] == 64
+    whole = ready(bart, {"tvqa": task | {"video_rows": None}}, "test")
+    with pytest.raises(ValueError, match=r"has 101 rows of features, and the model tells 100 apart \(object_orders\)"):
+        next(iter(whole.test_dataloader()))
+    (tmp_path / f"{min(names)}.npz").write_bytes(b"cut short")
+    with pytest.warns(UserWarning, match="were skipped for what they look at"):
+        ready(bart, {"tvqa": task}, "fit", on_bad_row="skip")
+
+
+@pytest.mark.parametrize("size", ["40", 0, 2.5, True])
+def test_batch_sizes_are_whole_numbers(bart: Path, tasks: dict[str, dict[str, Any]], size: Any) -> None:
+    with pytest.raises(ValueError, match="tasks: gqa: batch_size must be a whole number of at least 1"):
+        VLBartDataModule(str(bart), {"gqa": tasks["gqa"] | {"batch_size": size}})
