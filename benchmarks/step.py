@@ -84,7 +84,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from datamodules import CommonsenseDataModule
 
     folders = sorted(path.name for path in Path(options.data).iterdir() if (path / "train.json").is_file())
-    data = CommonsenseDataModule(options.model, train_tasks=folders, data_dir=options.data, template="alpaca", val_size=0)
+    data = CommonsenseDataModule(
+        options.model, train_tasks=folders, data_dir=options.data, template="alpaca", val_size=0
+    )
     data.setup("fit")
     dataset = data._datasets["train"]
     generator = torch.Generator().manual_seed(0)
