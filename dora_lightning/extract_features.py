@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from dora_lightning.feature_batches import PixelBatches, VisualFile, batches_of, find_files, is_video, measure_file
 from dora_lightning.feature_files import FeatureFolder
+from dora_lightning.feature_rows import VIDEO_EVERY
 from dora_lightning.open_clip_tower import POOLED, OpenClipTower, OpenClipVision, build_tower
 
 
@@ -32,7 +33,7 @@ def extract_features(
     model: str = "RN101",
     pretrained: str | None = "openai",
     kind: Literal["grid", "pooled"] = "grid",
-    every: float = 1.5,
+    every: float = VIDEO_EVERY,
     batch_size: int = 64,
     workers: int = 4,
     device: str = "auto",

@@ -7,6 +7,12 @@ from math import isqrt
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool1d, adaptive_max_pool2d, pad
 
+GRID_ROWS, VIDEO_ROWS = 36, 64
+"""Rows of an image's grid and of a video in the published recipes."""
+
+VIDEO_EVERY = 1.5
+"""Seconds from one frame of a video to the next in them."""
+
 
 def pool_grid(features: Tensor, rows: int) -> Tensor:
     """Make a square grid of features smaller, as VL-Adapter makes 6 x 6 of CLIP's 7 x 7 (``--downsample``).

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.image_checks import sample_name
 from datamodules.vl_bart.records import Asked
 from datamodules.vl_bart.truncation import Truncation, fit_text
-from datamodules.vl_bart.visuals import Visuals, feature_inputs, pixel_inputs
+from datamodules.vl_bart.visuals import Visuals
 from dora_lightning.data import IGNORE, Sample
+from dora_lightning.vl_bart.inputs import feature_inputs, pixel_inputs
 
 
 class EncodedAsked(NamedTuple):
@@ -82,7 +83,7 @@ class AskedCollator:
         tokenizer: The model's.
         visuals: What each task's rows look at.
         image_size: Pixels of a side, where a tower is to see them.
-        mean: As in :func:`~datamodules.vl_bart.visuals.pixel_inputs`.
+        mean: As in :func:`~dora_lightning.vl_bart.inputs.pixel_inputs`.
         std: Likewise.
         object_orders: Most rows of features of an image or a video that the model tells apart.
         draw: Draw a row's target in proportion to its answers' scores; else the best one is taken.

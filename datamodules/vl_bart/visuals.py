@@ -1,9 +1,5 @@
-"""What VL-BART looks at: features that were computed before, or pixels of images and of videos' frames.
+"""What VL-BART looks at: features that were computed before, or pixels of images and of videos' frames."""
 
-Shapes: U different things to look at in a batch, V visual tokens, C features of one, N images or frames of all.
-"""
-
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +7,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from dora_lightning.feature_files import FeatureFolder
-from dora_lightning.feature_rows import fit_rows, pool_grid
+from dora_lightning.feature_rows import GRID_ROWS, VIDEO_EVERY, VIDEO_ROWS, fit_rows, pool_grid
 from dora_lightning.images import check_image, open_image
-from dora_lightning.open_clip_tower import normalized, scaled_pixels
-from dora_lightning.videos import VIDEO_SUFFIXES, check_video, read_frames, sample_times
+from dora_lightning.open_clip_tower import scaled_pixels
+from dora_lightning.videos import VIDEO_SUFFIXES, check_video, read_frames, sample_times, video_info
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
@@ -43,8 +38,8 @@ class VisualFiles:
     features: str | None = None
     images: str | None = None
     videos: str | None = None
-    grid_rows: int | None = 36
-    video_rows: int | None = 64
+    grid_rows: int | None = GRID_ROWS
+    video_rows: int | None = VIDEO_ROWS
     every: float | None = None
     frames: int | None = None
 
@@ -144,8 +139,10 @@ class Visuals:
         path = self.path(name)
         if not self.of_videos:
             return [open_image(path)]
-        every = self.files.every if self.files.frames is not None or self.files.every is not None else 1.5
-        times = sample_times((0.0, check_video(path, decode=False).duration), every=every, count=self.files.frames)
+        every, frames = self.files.every, self.files.frames
+        if every is None and frames is None:
+            every = VIDEO_EVERY
+        times = sample_times((0.0, video_info(path).duration), every=every, count=frames)
         return read_frames(path, times)
 
     @cached_property
@@ -165,41 +162,3 @@ class Visuals:
                     raise ValueError(f"two files for {path.stem!r}: {paths[path.stem]} and {path}")
                 paths[path.stem] = str(path)
         return paths
-
-
-def feature_inputs(seen: Sequence[Sequence[Tensor]], of_videos: bool) -> dict[str, Tensor]:
-    """VL-BART's inputs of features that were computed before.
-
-    Args:
-        seen: Of each of U samples, features ``[rows, C]`` of each of its images, or of its one video.
-        of_videos: Whether rows are moments of a video, rather than places of an image.
-
-    Returns:
-        ``features [U, V, C]``, ``image_order``, ``object_order`` and ``visual_mask`` ``[U, V]``, 0 on what fills up.
-    """
-    rows = [torch.cat(list(images)) for images in seen]
-    features = pad_sequence(rows, batch_first=True)
-    image_order = torch.zeros(features.shape[:2], dtype=torch.int64)
-    object_order = torch.zeros_like(image_order)
-    for place, images in enumerate(seen):
-        start = 0
-        for number, image in enumerate(images):
-            end = start + len(image)
-            image_order[place, start:end] = 0 if of_videos else number
-            object_order[place, start:end] = torch.arange(len(image))
-            start = end
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(features.shape[1]) < lengths[:, None]).long()
-    return {"features": features, "image_order": image_order, "object_order": object_order, "visual_mask": mask}
-
-
-def pixel_inputs(seen: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]) -> dict[str, Tensor]:
-    """VL-BART's inputs of pixels: ``pixel_values [N, 3, size, size]`` and ``image_counts [U]``.
-
-    Args:
-        seen: Of each of U samples, its images or frames ``[n, 3, size, size]`` of uint8.
-        mean: What is taken from each colour of a pixel in [0, 1].
-        std: What it is divided by then.
-    """
-    pixel_values = normalized(torch.cat(list(seen)), mean, std)
-    return {"pixel_values": pixel_values, "image_counts": torch.tensor([len(images) for images in seen])}

@@ -14,8 +14,9 @@ from dora_lightning.adapters import merge_adapters
 from dora_lightning.backbones import DoRALlama, DoRALlava, DoRAVLBart
 from dora_lightning.backbones.causal_lm import generate_texts
 from dora_lightning.backbones.seq2seq import encode_prompts, generate_targets
+from dora_lightning.feature_rows import VIDEO_EVERY
 from dora_lightning.offline.shown import Shown
-from dora_lightning.open_clip_tower import image_pixels
+from dora_lightning.open_clip_tower import scaled_pixels
 from dora_lightning.pretrained import (
     load_causal_lm,
     load_tokenizer,
@@ -27,10 +28,9 @@ from dora_lightning.pretrained import (
 from dora_lightning.processing import image_inputs, image_token_counts, load_processor, vision_sizes
 from dora_lightning.training.adapter_checkpoint import read_adapter_checkpoint
 from dora_lightning.vl_bart import VLBart, VLBartConfig, load_vl_bart, load_vl_bart_tokenizer
+from dora_lightning.vl_bart.inputs import pixel_inputs
 
 LLAVA_FRAMES = 8
-VL_BART_EVERY = 1.5
-"""Seconds between the frames of a video, as published."""
 
 Vision = Mapping[str, Tensor]
 """What a model reads of what it is shown, on its device."""
@@ -140,11 +140,11 @@ class VLBartModel(TextModel):
                 f"{self.name} has no vision tower and reads features that were computed before, of "
                 f"{self.network.config.feature_dim} numbers: give it features (dora-lightning extract-features)"
             )
-        pictures = shown.pictures(every=VL_BART_EVERY)
+        pictures = shown.pictures(every=VIDEO_EVERY)
         # images of one row are told apart as the objects of one image
         self._check_orders(*((len(pictures), tower.rows) if tower.rows > 1 else (1, len(pictures))))
-        pixels = [image_pixels(picture, tower.image_size, tower.mean, tower.std) for picture in pictures]
-        return {"pixel_values": torch.stack(pixels), "image_counts": torch.tensor([len(pixels)])}
+        pixels = torch.stack([scaled_pixels(picture, tower.image_size) for picture in pictures])
+        return pixel_inputs([pixels], tower.mean, tower.std)
 
     def _check_orders(self, images: int, objects: int) -> None:
         config = self.network.config

@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from dora_lightning.feature_files import NPZ_SUFFIX, SETTINGS_FILE, SUFFIXES, FeatureFolder, read_features
-from dora_lightning.feature_rows import fit_rows, pool_grid
+from dora_lightning.feature_rows import GRID_ROWS, VIDEO_ROWS, fit_rows, pool_grid
 from dora_lightning.images import open_image
 from dora_lightning.videos import read_frames, sample_times, video_info
-
-GRID_ROWS, VIDEO_ROWS = 36, 64
-"""What features of an image's grid and of a video are brought to in the published recipes."""
+from dora_lightning.vl_bart.inputs import feature_inputs
 
 
 @dataclass
@@ -92,14 +89,7 @@ class Shown:
         videos = [path for path in paths if _is_of_video(path)]
         if videos and len(paths) > 1:
             raise ValueError(f"{videos[0]} holds features of a video, of which one is shown; found {len(paths)} files")
-        parts = [self._rows_of(path, bool(videos), feature_dim) for path in paths]
-        image_order = torch.cat([torch.full((len(part),), number) for number, part in enumerate(parts)])[None]
-        return {
-            "features": torch.cat(parts)[None],
-            "image_order": image_order,
-            "object_order": torch.cat([torch.arange(len(part)) for part in parts])[None],
-            "visual_mask": torch.ones_like(image_order),
-        }
+        return feature_inputs([[self._rows_of(path, bool(videos), feature_dim) for path in paths]], bool(videos))
 
     def _rows_of(self, path: Path, of_video: bool, feature_dim: int) -> Tensor:
         features = read_features(path)
