@@ -3,8 +3,10 @@
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
@@ -123,9 +125,18 @@ class AskedDataModule(SampledDataModule):
         assert self.tokenizer is not None
         assert self._visuals is not None
         assert self._config is not None
-        size, mean, std = _reading(self._config)
         orders = self._config.object_orders
-        return AskedCollator(self.tokenizer, self._visuals, size, mean, std, orders, draw, self.seed)
+        return AskedCollator(self.tokenizer, self._visuals, *self._reading, orders, draw, self.seed)
+
+    @cached_property
+    def _reading(self) -> tuple[int | None, tuple[float, ...], tuple[float, ...]]:
+        """Pixels of a side, mean and standard deviation of colours as the model's tower reads them."""
+        assert self._config is not None
+        if self._config.vision is None:
+            return None, CLIP_MEAN, CLIP_STD
+        with torch.device("meta"):  # its weights are of no use here
+            tower = build_tower(OpenClipVision(**self._config.vision), weights=False)
+        return tower.image_size, tower.mean, tower.std
 
     def _load(self) -> None:
         if self.tokenizer is not None:
@@ -173,11 +184,3 @@ class AskedDataModule(SampledDataModule):
         except ValueError as error:
             return str(error)
         return ""
-
-
-def _reading(config: VLBartConfig) -> tuple[int | None, tuple[float, ...], tuple[float, ...]]:
-    """Pixels of a side, mean and standard deviation of colours as the model's tower reads them."""
-    if config.vision is None:
-        return None, CLIP_MEAN, CLIP_STD
-    tower = build_tower(OpenClipVision(**config.vision), weights=False)
-    return tower.image_size, tower.mean, tower.std

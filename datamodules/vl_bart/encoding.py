@@ -40,12 +40,14 @@ def encode_asked(
     rows: Sequence[Asked], tokenizer: PreTrainedTokenizerBase, truncation: Truncation = "subtitles"
 ) -> list[EncodedAsked]:
     """The samples of rows and their tokens; what is too long is cut, see :func:`~..truncation.fit_text`."""
+    if not rows:
+        return []
+    prompts = [fit_text(tokenizer, asked, truncation) for asked in rows]
+    # all at once, which is several times faster; fitted texts need no cut
     encoded = []
-    for asked in rows:
-        prompt = fit_text(tokenizer, asked, truncation)
+    for asked, prompt, ids in zip(rows, prompts, tokenizer(prompts)["input_ids"], strict=True):
         target = max(asked.answers, key=lambda answer: answer[1])[0] if asked.answers else ""
         sample = Sample(prompt, target, asked.options, asked.references, asked.visuals, asked.source, dict(asked.row))
-        ids = tokenizer(prompt, truncation=True, max_length=asked.max_input_tokens)["input_ids"]
         encoded.append(EncodedAsked(asked, sample, torch.tensor(ids, dtype=torch.int32)))
     return encoded
 
