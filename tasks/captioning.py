@@ -14,10 +14,10 @@ from rich.table import Table
 from torch import Tensor
 
 from dora_lightning.data import Sample
+from dora_lightning.gathering import gather
 from dora_lightning.metrics import caption_scores, tokenize_captions
 from dora_lightning.task import Task
 from tasks.caption_files import caption_files, caption_id
-from tasks.gathering import gather
 from tasks.tables import data_set_table
 
 ASCII_ONLY = ("tvc", "yc2c")
@@ -123,7 +123,7 @@ class Captioning(Task):
 
     def table(self, metrics: dict[str, Tensor]) -> Table:
         """Data sets in rows, measures in columns, all times 100."""
-        return data_set_table("Captions (x 100)", _COLUMNS, metrics)
+        return data_set_table("Captions (x 100)", _COLUMNS, metrics, light=True)
 
     def reset(self) -> None:
         """Forget what was judged."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from dora_lightning.data import Sample
 from dora_lightning.metrics import PerSourceMean
 from dora_lightning.task import Task
+from tasks.tables import data_set_table
 
 JUDGES = ("generation", "ranking", "both")
 
@@ -122,17 +123,7 @@ class CommonsenseQA(Task):
 
     def table(self, metrics: dict[str, Tensor]) -> Table:
         """Data sets in rows, measures in columns, in per cent."""
-        measures = list(self._measures())
-        table = Table(title="Accuracy (%)", title_justify="left")
-        table.add_column("data set")
-        for measure in measures:
-            table.add_column(measure, justify="right")
-        sources = list(dict.fromkeys(name.rpartition("/")[0] for name in metrics))
-        for source in sorted(sources, key=lambda name: name == "mean"):
-            if source == "mean":
-                table.add_section()
-            table.add_row(source, *(f"{100 * float(metrics[f'{source}/{measure}']):.1f}" for measure in measures))
-        return table
+        return data_set_table("Accuracy (%)", {measure: measure for measure in self._measures()}, metrics)
 
     def reset(self) -> None:
         """Forget what was judged."""

@@ -14,8 +14,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dora_lightning.data import Sample
+from dora_lightning.gathering import gather
 from dora_lightning.task import Task
-from tasks.gathering import gather
 from tasks.submissions import file_part
 
 

@@ -16,8 +16,8 @@ from rich.table import Table
 from torch import Tensor
 
 from dora_lightning.data import Sample
+from dora_lightning.gathering import gather
 from dora_lightning.task import Task
-from tasks.gathering import gather
 from tasks.submissions import file_part, natural_order
 from tasks.tables import data_set_table
 
@@ -109,7 +109,7 @@ class NLVR(Task):
 
     def table(self, metrics: dict[str, Tensor]) -> Table:
         """Data sets in rows, measures in columns, in per cent."""
-        return data_set_table("True or false (%)", {name: name for name in _MEASURES}, metrics)
+        return data_set_table("True or false (%)", {name: name for name in _MEASURES}, metrics, light=True)
 
     def reset(self) -> None:
         """Forget what was judged."""

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from rich import box
 from rich.table import Table
 from torch import Tensor
 
 
-def data_set_table(title: str, columns: Mapping[str, str], metrics: Mapping[str, Tensor]) -> Table:
+def data_set_table(title: str, columns: Mapping[str, str], metrics: Mapping[str, Tensor], light: bool = False) -> Table:
     """Data sets in rows, measures in columns, all times 100; the mean comes last.
 
     Args:
         title: heading of the table.
         columns: measure -> heading of its column.
         metrics: ``<source>/<measure>`` -> value; ``mean`` may be among the sources.
+        light: without lines between columns, so that many measures fit in 80 columns.
     """
-    # light, so that all measures fit in 80 columns
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("data set", overflow="fold")
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1)} if light else {}
+    table = Table(title=title, title_justify="left", **style)
+    table.add_column("data set", overflow="fold" if light else "ellipsis")
     for heading in columns.values():
         table.add_column(heading, justify="right")
     sources = list(dict.fromkeys(name.rpartition("/")[0] for name in metrics))

@@ -14,8 +14,8 @@ from rich.console import RenderableType
 from torch import Tensor
 
 from dora_lightning.data import Sample
+from dora_lightning.gathering import gather
 from dora_lightning.task import Task
-from tasks.gathering import gather
 from tasks.picture import examples_picture
 from tasks.submissions import read_question_ids, require_openpyxl, submission_files
 from tasks.vqa_protocols import PROTOCOLS, Protocol, benchmark_of, select_variants

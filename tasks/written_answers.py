@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dora_lightning.data import Sample
 from dora_lightning.metrics import PerSourceMean
 from dora_lightning.task import Task
+from tasks.tables import data_set_table
 
 
 class WrittenAnswers(Task):
@@ -70,16 +71,7 @@ class WrittenAnswers(Task):
 
     def table(self, metrics: dict[str, Tensor]) -> Table:
         """Data sets in rows, measures in columns, in per cent."""
-        table = Table(title=f"{self.title} (%)", title_justify="left")
-        table.add_column("data set")
-        for name in self.measures:
-            table.add_column(name, justify="right")
-        sources = list(dict.fromkeys(name.rpartition("/")[0] for name in metrics))
-        for source in sorted(sources, key=lambda name: name == "mean"):
-            if source == "mean":
-                table.add_section()
-            table.add_row(source, *(f"{100 * float(metrics[f'{source}/{name}']):.1f}" for name in self.measures))
-        return table
+        return data_set_table(f"{self.title} (%)", {name: name for name in self.measures}, metrics)
 
     def reset(self) -> None:
         """Forget what was judged."""

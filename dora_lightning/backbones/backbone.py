@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dora_lightning.adapters import AdapterConfig, inject_adapters
 from dora_lightning.data import Sample
 from dora_lightning.files import write_bytes_atomically
+from dora_lightning.gathering import gather
 from dora_lightning.task import Task
 from dora_lightning.training.adapter_checkpoint import frozen_names
 from dora_lightning.training.adapter_run import AdapterRun, check_precision
@@ -251,7 +252,7 @@ class Backbone(LightningModule):
     def _write_records(self, name: str, records: list[dict[str, Any]], task: Task | None = None) -> None:
         """Write the records of all processes, and what a task makes of them; to be called on every process."""
         log_dir = self.trainer.log_dir  # asks the first process
-        gathered = self._gather(records)
+        gathered = gather(records)
         if log_dir is None or not self.trainer.is_global_zero:
             return
         folder = Path(log_dir)
@@ -262,13 +263,6 @@ class Backbone(LightningModule):
         for extra, content in (task.files(gathered) if task is not None else {}).items():
             write_bytes_atomically(folder / extra, content)
             rank_zero_info(f"Written: {folder / extra}")
-
-    def _gather(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        if self.trainer.world_size == 1:
-            return records
-        gathered: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(gathered, records)
-        return [record for part in gathered for record in part]
 
     # Checkpoints -------------------------------------------------------------------------------------------------
 
