@@ -2,9 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Literal, TypeAlias, TypeVar
-
-import torch
+from typing import Literal, TypeAlias
 
 from datamodules.commonsense_hub import load_hub_split
 from datamodules.commonsense_rows import (
@@ -19,12 +17,12 @@ from datamodules.commonsense_rows import (
 )
 from datamodules.loading import Stage
 from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, require_field
+from datamodules.subsets import drawn, permutation
 from datamodules.templates import get_template
 from datamodules.text import TextDataModule
 from dora_lightning.data import Sample
 
 Split: TypeAlias = Literal["train", "test"]
-T = TypeVar("T")
 _UNNAMED = "custom"  # source of a row in a combined file that is in none of the eight formats
 
 
@@ -147,14 +145,14 @@ class CommonsenseDataModule(TextDataModule):
         def convert(row: Row) -> Sample:
             return self._sample(row, recognise_task(row) or _UNNAMED, "train")
 
-        return _draw(convert_file(self.train_file, convert, self.on_bad_row), self.limit_train, self.seed)
+        return drawn(convert_file(self.train_file, convert, self.on_bad_row), self.limit_train, self.seed)
 
     def _split_off_validation(self, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
         if not 0 <= self.val_size < len(samples):
             raise ValueError(
                 f"val_size={self.val_size} must be at least 0 and leave something of {len(samples)} training samples"
             )
-        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        order = permutation(len(samples), self.seed)
         chosen = set(order[: self.val_size])
         train = [sample for index, sample in enumerate(samples) if index not in chosen]
         return train, [samples[index] for index in sorted(chosen)]
@@ -179,7 +177,7 @@ class CommonsenseDataModule(TextDataModule):
         else:
             path = self._file(task, split)
             samples = convert_file(path, lambda row: self._sample(row, task, split), self.on_bad_row)
-        return _draw(samples, limit, self.seed)
+        return drawn(samples, limit, self.seed)
 
     def _file(self, task: str, split: Split) -> Path:
         if self.data_dir is None:
@@ -243,11 +241,3 @@ def _text_sample(question: Question, prompt: str, prefix: str, row: Row) -> Samp
     options = tuple(prefix + option for option in question.options)
     right = question.answer
     return Sample(prompt, options[right], options, (question.options[right],), source=question.task, row=row)
-
-
-def _draw(items: list[T], limit: int | None, seed: int) -> list[T]:
-    """At most ``limit`` of the items, drawn by the seed, in their order."""
-    if limit is None or limit >= len(items):
-        return items
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
-    return [items[index] for index in sorted(order[:limit].tolist())]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
+from datamodules.subsets import permutation
 
 ANSWERS = {
     "shape": ("circle", "rectangle", "triangle"),
@@ -76,7 +76,7 @@ def hold_out(
     images = sorted({question.image_id for question in questions})
     if val_images >= len(images):
         raise ValueError(f"val_images={val_images} must leave something of {len(images)} training images")
-    order = [images[index] for index in _permutation(len(images), seed)]
+    order = [images[index] for index in permutation(len(images), seed)]
     held_out, trained = set(order[:val_images]), set(order[val_images:][:train_images])
     return (
         [question for question in questions if question.image_id in trained],
@@ -92,7 +92,7 @@ def draw_per_image(
     for question in questions:
         about.setdefault(question.image_id, []).append(question)
     # a seed for each image, so that what is drawn of it does not depend on which others there are
-    orders = {image: _permutation(len(about[image]), seed + 1_000_003 * (image + 1)) for image in sorted(about)}
+    orders = {image: permutation(len(about[image]), seed + 1_000_003 * (image + 1)) for image in sorted(about)}
     return {image: [about[image][index] for index in order[:questions_per_image]] for image, order in orders.items()}
 
 
@@ -101,7 +101,7 @@ def draw_evenly(questions: Sequence[EasyQuestion], size: int | None, seed: int) 
     if size is None or size >= len(questions):
         return list(questions)
     groups: dict[str, list[int]] = {answer: [] for answer in ALL_ANSWERS}
-    for index in _permutation(len(questions), seed):
+    for index in permutation(len(questions), seed):
         groups[questions[index].answer].append(index)
     # each answer's share rounded down; what is missing goes to the largest remainders
     shares = {answer: divmod(size * len(group), len(questions)) for answer, group in groups.items()}
@@ -109,8 +109,3 @@ def draw_evenly(questions: Sequence[EasyQuestion], size: int | None, seed: int) 
     topped_up = sorted(shares, key=lambda answer: -shares[answer][1])[:missing]
     chosen = [index for answer, group in groups.items() for index in group[: shares[answer][0] + (answer in topped_up)]]
     return [questions[index] for index in sorted(chosen)]
-
-
-def _permutation(size: int, seed: int) -> list[int]:
-    """The numbers below ``size`` in an order drawn by the seed."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -4,10 +4,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from datamodules.loading import Stage
 from datamodules.rows import OnBadRow, Row, convert_file
+from datamodules.subsets import permutation
 from datamodules.vision import AspectRatio, VisionDataModule
 from dora_lightning.data import Sample
 from dora_lightning.images import IMAGE
@@ -115,7 +114,7 @@ class LlavaInstructions(VisionDataModule):
             )
         if not self.val_size and self.limit_train is None:
             return samples, []
-        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        order = permutation(len(samples), self.seed)
         validation, train = order[: self.val_size], order[self.val_size :][: self.limit_train]
         return [samples[index] for index in sorted(train)], [samples[index] for index in sorted(validation)]
 

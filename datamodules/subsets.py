@@ -8,6 +8,22 @@ import torch
 T = TypeVar("T")
 
 
+def permutation(size: int, seed: int) -> list[int]:
+    """The numbers below ``size`` in an order drawn by the seed."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def drawn(items: Sequence[T], limit: int | None, seed: int) -> list[T]:
+    """At most ``limit`` of the items, in their order; with one seed, fewer are part of more. None for all.
+
+    >>> drawn("abc", None, seed=0), set(drawn(range(9), 2, seed=0)) < set(drawn(range(9), 5, seed=0))
+    (['a', 'b', 'c'], True)
+    """
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[index] for index in sorted(permutation(len(items), seed)[:limit])]
+
+
 def split_off(items: Sequence[T], val_size: int, limit_train: int | None, seed: int) -> tuple[list[T], list[T]]:
     """Training and validation items, each in their order in the file.
 
@@ -34,6 +50,6 @@ def split_off(items: Sequence[T], val_size: int, limit_train: int | None, seed: 
         raise ValueError(f"limit_train must be at least 1, or null for all, found {limit_train}")
     if not 0 <= val_size < len(items):
         raise ValueError(f"val_size={val_size} must be at least 0 and leave something of {len(items)} rows to train on")
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = permutation(len(items), seed)
     train = order[val_size:][:limit_train]
     return [items[index] for index in sorted(train)], [items[index] for index in sorted(order[:val_size])]

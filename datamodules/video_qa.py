@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from datamodules.image_checks import report_skipped
 from datamodules.loading import Stage
 from datamodules.rows import OnBadRow
+from datamodules.subsets import drawn, permutation
 from datamodules.vision import AspectRatio, VisionDataModule
 from datamodules.vl_bart.records import VideoRow
 from datamodules.vl_bart.value_rows import read_video_qa
@@ -154,7 +153,7 @@ class VideoQADataModule(VisionDataModule):
         videos = _find_videos(Path(where.videos))
         samples: list[Sample] = []
         bad: list[str] = []
-        chosen = self._drawn(len(rows), self.limit_train if stage == "train" else self.limit_eval)
+        chosen = drawn(range(len(rows)), self.limit_train if stage == "train" else self.limit_eval, self.seed)
         for place in chosen:
             try:
                 samples.append(self._sample(rows[place], videos, where.videos, place))
@@ -166,11 +165,6 @@ class VideoQADataModule(VisionDataModule):
         report_skipped(bad, len(chosen), "for their videos")
         return samples
 
-    def _drawn(self, count: int, limit: int | None) -> list[int]:
-        if limit is None or limit >= count:
-            return list(range(count))
-        return sorted(_permutation(count, self.seed)[:limit])
-
     def _sample(self, row: VideoRow, videos: dict[str, list[Path]], folder: str, place: int) -> Sample:
         assert self.template is not None
         path = _the_video(row.video, videos, folder)
@@ -178,7 +172,7 @@ class VideoQADataModule(VisionDataModule):
         times = sample_times(span, count=self.frames)
         if self.shuffle_frames:
             # a seed for each row, so that no limit changes another row's order
-            times = [times[number] for number in _permutation(self.frames, self.seed + 1_000_003 * (place + 1))]
+            times = [times[number] for number in permutation(self.frames, self.seed + 1_000_003 * (place + 1))]
         letters = string.ascii_uppercase[: len(row.choices)]
         if len(letters) < len(row.choices):
             raise ValueError(f"expected at most {len(letters)} choices, one for each letter, found {len(row.choices)}")
@@ -244,7 +238,3 @@ def _the_video(name: str, videos: dict[str, list[Path]], folder: str) -> Path:
     if len(paths) > 1:
         raise ValueError(f"two files for the video {name!r}: {paths[0]} and {paths[1]}")
     return paths[0]
-
-
-def _permutation(size: int, seed: int) -> list[int]:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -8,11 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from datamodules.loading import Stage
 from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, require_field
+from datamodules.subsets import drawn
 from datamodules.vl_bart.image_sets import COCOCaptionFiles, GQAFiles, ImageSet, NLVR2Files, VQAv2Files
 from datamodules.vl_bart.records import Asked
 from datamodules.vqa_files import read_object
@@ -165,11 +165,7 @@ def _kept(rows: list[Asked], where: ImageSet, split: Stage, seed: int) -> list[A
                 f"{where.folder}: {left_out} of {len(rows)} rows have no answer to train on and are left out"
             )
         rows = with_target
-    limit = where.limit(split)
-    if limit is None or limit >= len(rows):
-        return rows
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:limit]
-    return [rows[place] for place in sorted(drawn.tolist())]
+    return drawn(rows, where.limit(split), seed)
 
 
 def _label(row: Row) -> tuple[tuple[str, float], ...]:
