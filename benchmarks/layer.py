@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 
 import peft
 import torch
+from measuring import peak_bytes
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -106,12 +107,15 @@ def measure(shape: str, device: str, options: argparse.Namespace) -> Result:
         f"{a} / {b}": tuple(statistics.quantiles([p / q for p, q in zip(times[a], times[b], strict=True)], n=4))
         for a, b in RATIOS
     }
+    kept_mib = {name: kept_bytes(layer, x) / 2**20 for name, layer in layers.items()}
+    for step in steps.values():
+        step()  # leaves things as a step does, which the forward pass above does not
     return Result(
         shape,
         options.micro_batches,
         median_ms={name: 1000 * statistics.median(times[name]) for name in names},
         ratios=quartiles,  # type: ignore[arg-type]  # three quartiles
-        kept_mib={name: kept_bytes(layer, x) / 2**20 for name, layer in layers.items()},
+        kept_mib=kept_mib,
         peak_mib={name: peak_bytes(steps[name], device) / 2**20 for name in names},
     )
 
@@ -183,24 +187,6 @@ def kept_bytes(layer: nn.Module, x: Tensor) -> int:
     total = sum(kept.values())
     del y
     return total
-
-
-def peak_bytes(step: Callable[[], None], device: str) -> int:
-    """The most that one step has allocated at once, over what was allocated before it."""
-    step()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        step()
-    allocations = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    allocated = peak = 0
-    for event in sorted(allocations, key=lambda event: event.start_ns()):
-        allocated += event.nbytes()
-        peak = max(peak, allocated)
-    return peak
 
 
 def synchronize(device: str) -> None:

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from typing import Any
+
+from measuring import peak_bytes, run_in_turns
 
 VARIANTS = ("ours DoRA", "PEFT DoRA", "ours LoRA", "PEFT LoRA")
 
@@ -34,12 +33,7 @@ def main() -> None:
     if options.variant:
         print(json.dumps(measure(options)))
         return
-    runs: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
-    for repeat in range(options.repeats):
-        for variant in VARIANTS[repeat % 4 :] + VARIANTS[: repeat % 4]:
-            command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
-            done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-            runs[variant].append(json.loads(done.stdout.splitlines()[-1]))
+    runs = run_in_turns(VARIANTS, options.repeats)
     setting = {key: value for key, value in vars(options).items() if key not in ("json", "variant")}
     print(setting)
     for variant, results in runs.items():
@@ -94,24 +88,6 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     step()
     seconds = time.perf_counter() - started
     return {"peak_mib": peak_bytes(step, device.type) / 2**20, "seconds": seconds}
-
-
-def peak_bytes(step: Any, device: str) -> int:
-    import torch
-
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 if __name__ == "__main__":

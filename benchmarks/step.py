@@ -15,14 +15,13 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from qdora_memory import peak_bytes
+from measuring import peak_bytes, run_in_turns
 
 VARIANTS = ("ours DoRA", "PEFT DoRA", "ours LoRA", "PEFT LoRA")
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -43,17 +42,9 @@ def main() -> None:
     if options.variant:
         print(json.dumps(measure(options)))
         return
-    variants = tuple(options.variants)
-    runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
-    for repeat in range(options.repeats):
-        turn = repeat % len(variants)
-        for variant in variants[turn:] + variants[:turn]:
-            command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-            if done.returncode:
-                sys.exit(done.stderr)
-            runs[variant].append(json.loads(done.stdout.splitlines()[-1]))
-    print({key: value for key, value in vars(options).items() if key not in ("json", "variant")})
+    runs = run_in_turns(options.variants, options.repeats)
+    setting = {key: value for key, value in vars(options).items() if key not in ("json", "variant")}
+    print(setting)
     for variant, results in runs.items():
         rates, peaks = ([result[key] for result in results] for key in ("samples_per_second", "peak_mib"))
         print(
@@ -72,7 +63,6 @@ def main() -> None:
                 f"{max(ratios):.2f}), in peak memory {peak:.2f}; losses differ by at most {apart:.1e}"
             )
     if options.json:
-        setting = {key: value for key, value in vars(options).items() if key not in ("json", "variant")}
         Path(options.json).write_text(json.dumps({"setting": setting, "runs": runs}, indent=2))
 
 
