@@ -81,7 +81,8 @@ def count_weights(planned: PlannedModel, quantization: str | None = None) -> Wei
         quantization: as in :class:`~dora_lightning.backbones.DoRALlama`.
     """
     model = planned.model
-    blocks = {f"{name}." for name, child in model.named_modules() if child in _children(model)}
+    listed = _children(model)
+    blocks = {f"{name}." for name, child in model.named_modules() if child in listed}
     packed = {
         f"{name}.weight" for name, child in model.named_modules() if quantization and is_packed(model, child)
     }  # an adapted layer's is called base_layer.weight
