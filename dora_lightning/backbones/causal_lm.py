@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
+from dora_lightning.backbones.prompt_cache import PromptCache, common_start, read_prompts, shared_start
 from dora_lightning.data import IGNORE
 from dora_lightning.pretrained import tokenize
 
@@ -143,13 +147,10 @@ def option_log_likelihoods(
 
     cache = None
     if prefixes[0]:
-        prefix_ids = _pad(prefixes, model.device, left=True)
-        prefix_lengths = torch.tensor([len(prefix) for prefix in prefixes], device=model.device)
-        width = prefix_ids.shape[1]
-        prefix_mask = (torch.arange(width, device=model.device) >= width - prefix_lengths[:, None]).long()
-        prefix_positions = (prefix_mask.cumsum(dim=1) - 1).clamp(min=0)
-        cache = DynamicCache(config=model.config)
-        _hidden(model, prefix_ids, prefix_mask, prefix_positions, cache, vision)
+        cache = PromptCache(config=model.config)
+        # where a token stands for an image, or another process has other prompts, each prompt is read as it is
+        share = vision is None and _attends_to_all(cache) and not _is_sharded(model)
+        prefix_mask = read_prompts(partial(_hidden, model, vision=vision), cache, prefixes, model.device, share)
         cache.batch_select_indices(owner)
         mask = torch.cat([prefix_mask[owner], mask], dim=1)
     hidden = _hidden(model, inputs, mask, positions, cache)
@@ -180,15 +181,59 @@ def generate_texts(
     input_ids = _pad(rows, model.device, left=True, value=tokenizer.pad_token_id)
     lengths = torch.tensor([len(row) for row in rows], device=model.device)
     width = input_ids.shape[1]
+    inputs: dict[str, Any] = dict(vision or {})
+    if vision is None and (cache := _cache_of_prompts(model, rows, options)) is not None:
+        inputs[_cache_keyword(model.base_model)] = cache
     generate: Callable[..., Tensor] = cast(Any, model).generate
     output = generate(
         input_ids=input_ids,
         attention_mask=(torch.arange(width, device=model.device) >= width - lengths[:, None]).long(),
         pad_token_id=tokenizer.pad_token_id,
-        **(vision or {}),
+        **inputs,
         **options,
     )
     return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+
+
+# what generate of transformers does alike if it finds the prompt in its cache
+_OPTIONS_WITH_CACHE = {
+    *("max_new_tokens", "min_new_tokens", "max_length", "min_length", "num_return_sequences", "do_sample"),
+    *("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"),
+    *("num_beams", "length_penalty", "early_stopping", "eos_token_id", "bad_words_ids", "suppress_tokens"),
+}
+
+
+def _cache_of_prompts(
+    model: PreTrainedModel, rows: Sequence[list[int]], options: Mapping[str, Any]
+) -> PromptCache | None:
+    """All of the prompts but their last tokens, read once, in as many rows as ``generate`` will have.
+
+    Left to itself it reads each prompt once for every beam. None where nothing would be saved, or where it is not
+    certain to do the same with a cache.
+    """
+    prompts = [row[:-1] for row in rows]
+    defaults: Any = model.generation_config
+    copies = max(options.get(name, getattr(defaults, name)) or 1 for name in ("num_beams", "num_return_sequences"))
+    saves = copies > 1 or shared_start(prompts)
+    plain = defaults.use_cache is not False and defaults.cache_implementation is None
+    if not saves or not plain or min(map(len, prompts)) == 0 or not options.keys() <= _OPTIONS_WITH_CACHE:
+        return None
+    cache = PromptCache(config=model.config)
+    if not _attends_to_all(cache) or _is_sharded(model):
+        return None
+    read_prompts(partial(_hidden, model), cache, prompts, model.device)
+    cache.batch_repeat_interleave(copies)
+    return cache
+
+
+def _attends_to_all(cache: Cache) -> bool:
+    """Whether every layer attends to all that was read: no windows, no recurrent states."""
+    return bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def _is_sharded(model: PreTrainedModel) -> bool:
+    """Whether processes share the parameters: then they must call the model equally often, whatever the prompts."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _tokenize_options(
@@ -197,18 +242,13 @@ def _tokenize_options(
     """Tokens that the prompt and all prompt-option texts begin with, and what each option adds to them."""
     prompt_ids = tokenize(tokenizer, prompt)
     full = [tokenize(tokenizer, prompt + option) for option in options]
-    shared = _common_start([prompt_ids, *full])
+    shared = common_start([prompt_ids, *full])
     # every option must have a token of its own to score, even if it is empty or another one's beginning
     shared = shared[: min((len(ids) for ids in full), default=len(prompt_ids) + 1) - 1]
     if not shared:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         return [start], full
     return shared, [ids[len(shared) :] for ids in full]
-
-
-def _common_start(rows: Sequence[list[int]]) -> list[int]:
-    length = next((i for i, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1), min(map(len, rows)))
-    return rows[0][:length]
 
 
 def _turns_mask(turns: Tensor, attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -249,12 +289,16 @@ def _hidden(
     body: nn.Module = model.base_model  # of a vision-language model, the tower and the projector too
     inputs: dict[str, Any] = dict(vision or {})
     if cache is not None:
-        # transformers renamed the keyword
-        inputs["cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"] = cache
+        inputs[_cache_keyword(body)] = cache
     elif attention_mask is None:
         inputs["use_cache"] = False  # else the model makes a cache of its own, and takes a packed row for one sequence
     inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     return body(**inputs).last_hidden_state
+
+
+def _cache_keyword(body: nn.Module) -> str:
+    # transformers renamed it
+    return "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
 
 
 def _hidden_of_packed(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
