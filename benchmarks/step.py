@@ -3,7 +3,8 @@
     python benchmarks/step.py [--model MODEL] [--data FOLDER] [--steps 6] [--repeats 3] [--json FILE]
 
 Both fine-tune the model with adapters on LLM-Adapters' commonsense rows (FOLDER holds one folder of ``train.json`` for
-each data set), the prompt masked, fp32, AdamW, each batch padded to its longest sample. Every run has a process of its
+each data set), the prompt masked, fp32, AdamW, the same samples in each batch, padded to the longest. "packed" is ours
+too, with ``packing_len: longest``: they share rows as long as that. Every run has a process of its
 own; processes take turns. Seconds are those from the end of the first step to the end of the last, data loading
 included; the losses of all steps are compared; ``peak`` is the most that torch's allocator held during one more step
 beyond what it held before it, from its profiler on a CPU, from its counters on a GPU.
@@ -23,7 +24,7 @@ from typing import Any
 
 from measuring import peak_bytes, run_in_turns
 
-VARIANTS = ("ours DoRA", "PEFT DoRA", "ours LoRA", "PEFT LoRA")
+VARIANTS = ("packed DoRA", "ours DoRA", "PEFT DoRA", "packed LoRA", "ours LoRA", "PEFT LoRA")
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
 
@@ -51,15 +52,16 @@ def main() -> None:
             f"{variant:10} {statistics.median(rates):6.2f} samples/s ({min(rates):.2f} to {max(rates):.2f})"
             f"   peak {statistics.median(peaks):7.0f} MiB   losses {' '.join(f'{x:.4f}' for x in results[0]['losses'])}"
         )
-    for method in ("DoRA", "LoRA"):
-        if f"ours {method}" in runs and f"PEFT {method}" in runs:
-            ours, theirs = runs[f"ours {method}"], runs[f"PEFT {method}"]
+    for name in runs:
+        whose, method = name.split()
+        if whose != "PEFT" and f"PEFT {method}" in runs:
+            ours, theirs = runs[name], runs[f"PEFT {method}"]
             pairs = zip(ours, theirs, strict=True)
             ratios = [a["samples_per_second"] / b["samples_per_second"] for a, b in pairs]
             peak = statistics.median(r["peak_mib"] for r in ours) / statistics.median(r["peak_mib"] for r in theirs)
             apart = max(abs(a - b) for a, b in zip(ours[0]["losses"], theirs[0]["losses"], strict=True))
             print(
-                f"{method}: ours / PEFT in samples per second {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
+                f"{name} / PEFT {method} in samples per second {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
                 f"{max(ratios):.2f}), in peak memory {peak:.2f}; losses differ by at most {apart:.1e}"
             )
     if options.json:
@@ -74,16 +76,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from datamodules import CommonsenseDataModule
 
     folders = sorted(path.name for path in Path(options.data).iterdir() if (path / "train.json").is_file())
+    whose, method = options.variant.split()
+    packing = "longest" if whose == "packed" else None
     data = CommonsenseDataModule(
-        options.model, train_tasks=folders, data_dir=options.data, template="alpaca", val_size=0
+        options.model, train_tasks=folders, data_dir=options.data, template="alpaca", val_size=0, packing_len=packing
     )
     data.setup("fit")
     dataset = data._datasets["train"]
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(dataset), generator=generator)[: options.steps * options.batch_size]
-    batches = [data.collator()(dataset[indices.tolist()]) for indices in order.split(options.batch_size)]
-    whose, method = options.variant.split()
-    run = run_ours if whose == "ours" else run_peft
+    batches = [data.train_collator()(dataset[indices.tolist()]) for indices in order.split(options.batch_size)]
+    run = run_peft if whose == "PEFT" else run_ours
     ends, losses, step = run(options, method, batches)
     seconds = ends[-1] - ends[0]
     return {

@@ -19,7 +19,7 @@ from datamodules.loading import Stage
 from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, require_field
 from datamodules.subsets import drawn, permutation
 from datamodules.templates import get_template
-from datamodules.text import TextDataModule
+from datamodules.text import PackingLen, TextDataModule
 from dora_lightning.data import Sample
 
 Split: TypeAlias = Literal["train", "test"]
@@ -59,6 +59,8 @@ class CommonsenseDataModule(TextDataModule):
         num_workers: As in :class:`~datamodules.text.TextDataModule`.
         seed: As in :class:`~datamodules.text.TextDataModule`.
         on_bad_row: As in :class:`~datamodules.text.TextDataModule`.
+        group_by_length: Likewise.
+        packing_len: Likewise.
 
     Raises:
         ValueError: The arguments contradict each other, or the template or a task is unknown.
@@ -85,9 +87,20 @@ class CommonsenseDataModule(TextDataModule):
         num_workers: int = 0,
         seed: int = 42,
         on_bad_row: OnBadRow = "raise",
+        group_by_length: bool = True,
+        packing_len: PackingLen = None,
     ) -> None:
         super().__init__(
-            tokenizer, batch_size, eval_batch_size, cutoff_len, train_on_inputs, num_workers, seed, on_bad_row
+            tokenizer,
+            batch_size,
+            eval_batch_size,
+            cutoff_len,
+            train_on_inputs,
+            num_workers,
+            seed,
+            on_bad_row,
+            group_by_length,
+            packing_len,
         )
         if data_dir is not None and hub:
             raise ValueError("give data_dir or hub, not both: they name the same rows in two places")

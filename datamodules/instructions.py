@@ -17,7 +17,7 @@ from datamodules.messages import Dialogue, dialogue_of_row, has_messages
 from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, require_field
 from datamodules.subsets import split_off
 from datamodules.templates import TEMPLATES, PromptTemplate
-from datamodules.text import TextDataModule
+from datamodules.text import PackingLen, TextDataModule
 from dora_lightning.data import Sample
 
 
@@ -78,7 +78,7 @@ class InstructionDataModule(TextDataModule):
         seed: int = 42,
         on_bad_row: OnBadRow = "raise",
         group_by_length: bool = True,
-        packing_len: int | None = None,
+        packing_len: PackingLen = None,
     ) -> None:
         super().__init__(
             tokenizer,

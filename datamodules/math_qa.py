@@ -4,7 +4,7 @@ from datamodules.hub import load_hub_rows
 from datamodules.instructions import check_files, check_sources
 from datamodules.loading import Stage
 from datamodules.rows import OnBadRow, Row, convert_rows, read_rows, require_field
-from datamodules.text import TextDataModule
+from datamodules.text import PackingLen, TextDataModule
 from dora_lightning.data import Sample
 
 _PROMPT = "###Question:\n{question}\n###Answer:\n"
@@ -58,7 +58,7 @@ class MathQADataModule(TextDataModule):
         seed: int = 42,
         on_bad_row: OnBadRow = "raise",
         group_by_length: bool = True,
-        packing_len: int | None = None,
+        packing_len: PackingLen = None,
     ) -> None:
         super().__init__(
             tokenizer,

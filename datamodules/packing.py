@@ -115,11 +115,25 @@ class PackingCollator(Collator):
     Beside what :class:`~datamodules.encoding.Collator` makes, the batch has ``position_ids`` ``[batch, tokens]``, which
     begin at 0 with each sample and with the padding. A sample's first token is not supervised, since what stands before
     it is another sample. ``samples`` lists the samples of all rows.
+
+    Args:
+        pad_token_id: As in :class:`~datamodules.encoding.Collator`.
+        cutoff_len: Likewise, of a row.
+        share_rows: Samples that are drawn one by one share rows, as long as the longest of them, in place of a row for
+            each: the batch is of the same samples, and hardly any of it is padding.
     """
 
+    def __init__(self, pad_token_id: int, cutoff_len: int, share_rows: bool = False) -> None:
+        super().__init__(pad_token_id, cutoff_len)
+        self.share_rows = share_rows
+
     def __call__(self, encoded: Sequence[list[EncodedSample] | EncodedSample]) -> dict[str, Any]:
-        """Make the batch of rows, or of single samples where Lightning's own sampler drew them."""
+        """Make the batch of rows, or of single samples."""
         rows = [row if isinstance(row, list) else [row] for row in encoded]
+        if self.share_rows:
+            singles = [item for row in rows for item in row]
+            lengths = [len(item.input_ids) for item in singles]
+            rows = [[singles[index] for index in row] for row in pack_lengths(lengths, max(lengths))]
         batch = super().__call__([_joined(row) for row in rows])
         position_ids = torch.zeros_like(batch["input_ids"])
         for number, row in enumerate(rows):

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections import Counter
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +14,8 @@ from datamodules.rows import OnBadRow
 from datamodules.sampling import LengthGroupedSampler
 from dora_lightning.data import Sample
 from dora_lightning.pretrained import load_tokenizer
+
+PackingLen: TypeAlias = int | Literal["longest"] | None
 
 
 class TextDataModule(SampledDataModule):
@@ -34,7 +36,8 @@ class TextDataModule(SampledDataModule):
             (``skip``).
         group_by_length: Put training samples of like length into a batch, so that little of it is padding.
         packing_len: Put several training samples into a row of up to so many tokens, in which they do not see one
-            another; ``batch_size`` then counts rows. None for one sample in a row.
+            another; ``batch_size`` then counts rows. ``longest`` leaves each batch the samples it has, and has them
+            share rows as long as the longest of them: the same loss with less padding. None for one sample in a row.
 
     Raises:
         ValueError: ``packing_len`` is smaller than ``cutoff_len``.
@@ -51,10 +54,10 @@ class TextDataModule(SampledDataModule):
         seed: int = 42,
         on_bad_row: OnBadRow = "raise",
         group_by_length: bool = True,
-        packing_len: int | None = None,
+        packing_len: PackingLen = None,
     ) -> None:
         super().__init__(eval_batch_size, num_workers, seed)
-        if packing_len is not None and packing_len < cutoff_len:
+        if isinstance(packing_len, int) and packing_len < cutoff_len:
             raise ValueError(
                 f"packing_len={packing_len} must be at least cutoff_len={cutoff_len}: every sample is to fit in a row"
             )
@@ -119,13 +122,15 @@ class TextDataModule(SampledDataModule):
     def train_sampler(self, dataset: EncodedDataset, **replicas: Any) -> LengthGroupedSampler:
         """Batches of like length and one modality, or rows filled up."""
         options = {"seed": self.seed, "group_by_length": self.group_by_length, **replicas}
-        if self.packing_len is None:
-            return LengthGroupedSampler(dataset.lengths, self.batch_size, groups=dataset.groups, **options)
-        return PackingSampler(dataset.lengths, self.packing_len, self.batch_size, **options)
+        if isinstance(self.packing_len, int):
+            return PackingSampler(dataset.lengths, self.packing_len, self.batch_size, **options)
+        return LengthGroupedSampler(dataset.lengths, self.batch_size, groups=dataset.groups, **options)
 
     def train_collator(self) -> Collator | PackingCollator:
         """What makes a training batch."""
         if self.packing_len is None:
             return self.collator()
         assert self.tokenizer is not None
+        if self.packing_len == "longest":
+            return PackingCollator(self.tokenizer.pad_token_id, self.cutoff_len, share_rows=True)
         return PackingCollator(self.tokenizer.pad_token_id, self.packing_len)

@@ -108,6 +108,9 @@ def read_settings(config: Namespace, options: PlanOptions) -> RunSettings:
     backbone = _backbone(config)
     sharded = _callback(trainer, "ShardedTraining")
     packing, cutoff = data.get("packing_len"), data.get("cutoff_len")
+    if not isinstance(packing, int):
+        # rows of a batch's longest sample: never more of them, and never longer, than samples
+        packing = None
     batch_size, tokens = options.batch_size or data.get("batch_size"), options.tokens or packing or cutoff
     for name, value in (("batch_size", batch_size), ("tokens", tokens)):
         if not value:

@@ -38,19 +38,22 @@ def test_loss_and_gradients_of_the_samples_on_their_own(
     assert len(rows) < len(items) / 2
     padded, packed = Collator(0, 100)(items), PackingCollator(0, 100)(rows)
     results = []
-    for batch in (padded, packed):
+    shared = PackingCollator(0, 100, share_rows=True)(items)
+    assert len(shared["input_ids"]) < len(items)
+    for batch in (padded, packed, shared):
         module.zero_grad()
         loss, tokens = module.loss(batch)
         loss.backward()
         gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
         results.append((loss.detach(), tokens, gradients))
-    (expected, count, wanted), (loss, tokens, gradients) = results
-    assert tokens == count
-    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
-    assert wanted.keys() == gradients.keys()
+    expected, count, wanted = results[0]
     assert any(gradient.abs().max() > 1e-3 for gradient in wanted.values())
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-5)
+    for loss, tokens, gradients in results[1:]:
+        assert tokens == count
+        torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+        assert wanted.keys() == gradients.keys()
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -148,6 +148,28 @@ def test_rows_too_short_for_a_sample_are_refused(tokenizer_folder: str) -> None:
         make_packed(tokenizer_folder, packing_len=32)
 
 
+def test_batches_keep_their_samples_and_share_rows_of_the_longest(tokenizer_folder: str) -> None:
+    padded = make_packed(tokenizer_folder, batch_size=8, packing_len=None, group_by_length=False)
+    shared = make_packed(tokenizer_folder, batch_size=8, packing_len="longest", group_by_length=False)
+    cells = []
+    for data in (padded, shared):
+        data.setup("fit")
+    for one, other in zip(padded.train_dataloader(), shared.train_dataloader(), strict=True):
+        assert {sample.prompt for sample in one["samples"]} == {sample.prompt for sample in other["samples"]}
+        longest = int(one["attention_mask"].sum(dim=1).max())
+        assert longest <= other["input_ids"].shape[1] < longest + 8
+        # sample by sample the same tokens
+        starts = (other["position_ids"] == 0) & other["attention_mask"].bool()
+        assert int(starts.sum()) == 8
+        assert sorted(one["input_ids"][one["attention_mask"].bool()].tolist()) == sorted(
+            other["input_ids"][other["attention_mask"].bool()].tolist()
+        )
+        assert int((one["labels"] >= 0).sum()) == int((other["labels"] >= 0).sum())
+        cells.append((one["input_ids"].numel(), other["input_ids"].numel()))
+    before, after = map(sum, zip(*cells, strict=True))
+    assert after < 0.75 * before
+
+
 class Recorder(LightningModule):
     def __init__(self) -> None:
         super().__init__()
