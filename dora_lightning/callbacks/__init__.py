@@ -5,5 +5,6 @@ from dora_lightning.callbacks.group_learning_rates import GroupLearningRates
 from dora_lightning.callbacks.magnitude_only import MagnitudeOnly
 from dora_lightning.callbacks.merge_on_save import MergeOnSave
 from dora_lightning.callbacks.sharded_training import ShardedTraining
+from dora_lightning.callbacks.weight_decomposition import WeightDecomposition
 
-__all__ = ["DoRA", "GroupLearningRates", "MagnitudeOnly", "MergeOnSave", "ShardedTraining"]
+__all__ = ["DoRA", "GroupLearningRates", "MagnitudeOnly", "MergeOnSave", "ShardedTraining", "WeightDecomposition"]

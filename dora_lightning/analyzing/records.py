@@ -1,0 +1,118 @@
+"""What is written down of learning patterns: one record for each module at each step, as a line of JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from dora_lightning.adapters.analysis import Correlation, WeightChange, correlation
+from dora_lightning.files import write_text_atomically
+
+PATTERN_FILE = "learning_pattern.jsonl"
+
+
+@dataclass(frozen=True)
+class Record:
+    """How far one module has moved from where training started.
+
+    Attributes:
+        step: optimiser steps taken.
+        module: dotted name, relative to the adapted model if there is one.
+        type: last part of its name that is no number (``q_proj``).
+        layer: first number in its name; None if there is none.
+        method: what trains it: ``dora``, ``lora``, ``vera``, ``dvora``, ``magnitude``, ``full``, or ``merged`` of a
+            whole model of which no more is known.
+        delta_m: mean absolute change of its magnitudes.
+        delta_d: mean of ``1 - cos`` between its new and old directions.
+    """
+
+    step: int
+    module: str
+    type: str
+    layer: int | None
+    method: str
+    delta_m: float
+    delta_d: float
+
+    @property
+    def change(self) -> WeightChange:
+        """The two numbers."""
+        return WeightChange(self.delta_m, self.delta_d)
+
+
+@dataclass(frozen=True)
+class TypePattern:
+    """The records of one type of module, or of all.
+
+    Attributes:
+        count: how many modules.
+        delta_m: mean over modules at the last step.
+        delta_d: likewise.
+        correlation: of both over modules and steps.
+    """
+
+    count: int
+    delta_m: float
+    delta_d: float
+    correlation: Correlation
+
+
+def make_record(step: int, module: str, method: str, change: WeightChange, full_name: str | None = None) -> Record:
+    """A record of a module; its type and layer are read from ``full_name``, or from ``module``.
+
+    >>> make_record(3, "model.layers.11.self_attn.q_proj", "dora", WeightChange(0.5, 0.25)).layer
+    11
+    >>> make_record(3, "encoder.2", "full", WeightChange(0.5, 0.25)).type
+    'encoder'
+    """
+    parts = (full_name or module).split(".")
+    numbers = [int(part) for part in parts if part.isdigit()]
+    kind = next((part for part in reversed(parts) if not part.isdigit()), parts[-1])
+    return Record(step, module, kind, numbers[0] if numbers else None, method, change.delta_m, change.delta_d)
+
+
+def patterns_of(records: Sequence[Record]) -> dict[str, TypePattern]:
+    """Type of module -> what its records say, in the order of the records."""
+    types = dict.fromkeys(record.type for record in records)
+    return {kind: pattern_of([record for record in records if record.type == kind]) for kind in types}
+
+
+def pattern_of(records: Sequence[Record]) -> TypePattern:
+    """What these records, of one type or of several, say together."""
+    last = max(record.step for record in records)
+    at_last = [record for record in records if record.step == last]
+    return TypePattern(
+        len({record.module for record in records}),
+        sum(record.delta_m for record in at_last) / len(at_last),
+        sum(record.delta_d for record in at_last) / len(at_last),
+        correlation([record.change for record in records]),
+    )
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write one JSON object a line, all of them or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(path, "".join(json.dumps(asdict(record)) + "\n" for record in records))
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read what :func:`write_records` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is no record; the message names it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no learning pattern at {path}: the callback WeightDecomposition writes one")
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = Record(**json.loads(line))
+            float(record.delta_m), float(record.delta_d), int(record.step)
+        except (ValueError, TypeError) as error:
+            names = ", ".join(field.name for field in fields(Record))
+            raise ValueError(f"{path}, line {number}: expected a JSON object with {names}: {error}") from error
+        records.append(record)
+    return records
