@@ -4,7 +4,7 @@
 
 Both fine-tune the model with adapters on LLM-Adapters' commonsense rows (FOLDER holds one folder of ``train.json`` for
 each data set), the prompt masked, fp32, AdamW, the same samples in each batch, padded to the longest. "packed" is ours
-too, with ``packing_len: longest``: they share rows as long as that. Every run has a process of its
+too, with ``packing_len: batch``, where they share rows. Every run has a process of its
 own; processes take turns. Seconds are those from the end of the first step to the end of the last, data loading
 included; the losses of all steps are compared; ``peak`` is the most that torch's allocator held during one more step
 beyond what it held before it, from its profiler on a CPU, from its counters on a GPU.
@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     folders = sorted(path.name for path in Path(options.data).iterdir() if (path / "train.json").is_file())
     whose, method = options.variant.split()
-    packing = "longest" if whose == "packed" else None
+    packing = "batch" if whose == "packed" else None
     data = CommonsenseDataModule(
         options.model, train_tasks=folders, data_dir=options.data, template="alpaca", val_size=0, packing_len=packing
     )

@@ -15,7 +15,7 @@ from datamodules.sampling import LengthGroupedSampler
 from dora_lightning.data import Sample
 from dora_lightning.pretrained import load_tokenizer
 
-PackingLen: TypeAlias = int | Literal["longest"] | None
+PackingLen: TypeAlias = int | Literal["batch"] | None
 
 
 class TextDataModule(SampledDataModule):
@@ -36,8 +36,8 @@ class TextDataModule(SampledDataModule):
             (``skip``).
         group_by_length: Put training samples of like length into a batch, so that little of it is padding.
         packing_len: Put several training samples into a row of up to so many tokens, in which they do not see one
-            another; ``batch_size`` then counts rows. ``longest`` leaves each batch the samples it has, and has them
-            share rows as long as the longest of them: the same loss with less padding. None for one sample in a row.
+            another; ``batch_size`` then counts rows. ``batch`` leaves each batch the samples it has, and has them
+            share rows of up to ``cutoff_len``: the same loss with less padding. None for one sample in a row.
 
     Raises:
         ValueError: ``packing_len`` is smaller than ``cutoff_len``.
@@ -131,6 +131,6 @@ class TextDataModule(SampledDataModule):
         if self.packing_len is None:
             return self.collator()
         assert self.tokenizer is not None
-        if self.packing_len == "longest":
+        if self.packing_len == "batch":
             return PackingCollator(self.tokenizer.pad_token_id, self.cutoff_len, share_rows=True)
         return PackingCollator(self.tokenizer.pad_token_id, self.packing_len)

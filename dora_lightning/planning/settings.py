@@ -109,7 +109,7 @@ def read_settings(config: Namespace, options: PlanOptions) -> RunSettings:
     sharded = _callback(trainer, "ShardedTraining")
     packing, cutoff = data.get("packing_len"), data.get("cutoff_len")
     if not isinstance(packing, int):
-        # rows of a batch's longest sample: never more of them, and never longer, than samples
+        # samples that share the rows of their batch take no more cells than without
         packing = None
     batch_size, tokens = options.batch_size or data.get("batch_size"), options.tokens or packing or cutoff
     for name, value in (("batch_size", batch_size), ("tokens", tokens)):

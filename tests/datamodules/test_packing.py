@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import PreTrainedTokenizerBase
 
 from datamodules import IGNORE, Collator, LengthGroupedSampler, Stage, TextDataModule, encode_samples
-from datamodules.packing import PackingCollator, PackingSampler, pack_lengths
+from datamodules.packing import PackingCollator, PackingSampler, pack_lengths, share_rows
 from dora_lightning.data import Sample
 
 pytestmark = [
@@ -148,16 +148,16 @@ def test_rows_too_short_for_a_sample_are_refused(tokenizer_folder: str) -> None:
         make_packed(tokenizer_folder, packing_len=32)
 
 
-def test_batches_keep_their_samples_and_share_rows_of_the_longest(tokenizer_folder: str) -> None:
+def test_batches_keep_their_samples_and_share_rows(tokenizer_folder: str) -> None:
     padded = make_packed(tokenizer_folder, batch_size=8, packing_len=None, group_by_length=False)
-    shared = make_packed(tokenizer_folder, batch_size=8, packing_len="longest", group_by_length=False)
+    shared = make_packed(tokenizer_folder, batch_size=8, packing_len="batch", group_by_length=False)
     cells = []
     for data in (padded, shared):
         data.setup("fit")
     for one, other in zip(padded.train_dataloader(), shared.train_dataloader(), strict=True):
         assert {sample.prompt for sample in one["samples"]} == {sample.prompt for sample in other["samples"]}
-        longest = int(one["attention_mask"].sum(dim=1).max())
-        assert longest <= other["input_ids"].shape[1] < longest + 8
+        assert other["input_ids"].shape[1] <= 128
+        assert other["input_ids"].numel() <= one["input_ids"].numel()
         # sample by sample the same tokens
         starts = (other["position_ids"] == 0) & other["attention_mask"].bool()
         assert int(starts.sum()) == 8
@@ -168,6 +168,24 @@ def test_batches_keep_their_samples_and_share_rows_of_the_longest(tokenizer_fold
         cells.append((one["input_ids"].numel(), other["input_ids"].numel()))
     before, after = map(sum, zip(*cells, strict=True))
     assert after < 0.75 * before
+
+
+def test_rows_of_a_batch_have_as_few_cells_as_any_way() -> None:
+    def fewest(lengths: list[int], rows: list[int]) -> int:
+        """Of all ways to put the rest of the samples into rows."""
+        if not lengths:
+            return len(rows) * max(rows) if max(rows) <= 40 else 10**9
+        ways = [[*rows[:i], rows[i] + lengths[0], *rows[i + 1 :]] for i in range(len(rows))] + [[*rows, lengths[0]]]
+        return min(fewest(lengths[1:], way) for way in ways)
+
+    for seed in range(6):
+        lengths = some_lengths(6, longest=30, seed=seed)
+        rows = share_rows(lengths, 40)
+        assert sorted(index for row in rows for index in row) == list(range(6))
+        sums = [sum(lengths[index] for index in row) for row in rows]
+        assert max(sums) <= 40
+        # longest first is a rule of thumb: 4/3 of the best at worst (Graham 1969)
+        assert len(rows) * max(sums) <= 4 / 3 * fewest(lengths, [])
 
 
 class Recorder(LightningModule):
