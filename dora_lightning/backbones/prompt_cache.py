@@ -24,6 +24,7 @@ class PromptCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give each row what row ``beam_idx`` of the same prompt has generated."""
+        layer: Any
         for layer in self.layers:
             for states in (layer.keys, layer.values):
                 generated = states[:, :, self.prompt_tokens :]
@@ -85,10 +86,10 @@ def common_start(rows: Sequence[Sequence[int]]) -> list[int]:
 def _padding_first(cache: PromptCache, mask: Tensor) -> Tensor:
     """Move the padding between the common beginning and the rest to the left; keys know their positions already."""
     order = mask.argsort(dim=1, stable=True)  # [N, T]
+    layer: Any
     for layer in cache.layers:
-        _, heads, _, features = layer.keys.shape
-        index = order[:, None, :, None]
-        layer.keys = layer.keys.gather(2, index.expand(-1, heads, -1, features).to(layer.keys.device))
-        features = layer.values.shape[-1]
-        layer.values = layer.values.gather(2, index.expand(-1, heads, -1, features).to(layer.values.device))
+        layer.keys, layer.values = (
+            states.gather(2, order[:, None, :, None].to(states.device).expand_as(states))
+            for states in (layer.keys, layer.values)  # [N, H, T, D]
+        )
     return mask.gather(1, order)
