@@ -28,6 +28,7 @@ import dora_lightning.backbones
 import dora_lightning.callbacks
 from dora_lightning.backbones import Backbone
 from dora_lightning.callbacks import DoRA
+from dora_lightning.comparing import compare
 from dora_lightning.extract_features import extract_features
 from dora_lightning.mt_bench.commands import mt_bench, mt_bench_judge, mt_bench_scores
 from dora_lightning.offline import generate, merge
@@ -45,6 +46,7 @@ TRAINER_VERBS = {
     "test": "evaluate on the test data: ... test --config run/config.yaml --ckpt_path run/checkpoints/last.ckpt",
     "predict": "generate an answer for each test sample",
     "plan": "memory and speed to expect of fit, without running it: ... plan --config ... --gpus 8 --memory 80",
+    "compare": "run a grid of fits, and report tables and plots: ... compare configs/studies/smollm2-rank.yaml",
 }
 OFFLINE_VERBS: dict[str, Callable[..., Any]] = {
     "merge": merge,
@@ -266,6 +268,8 @@ def _run(args: list[str] | None) -> None:
                 importlib.import_module(recipes)
         if verb == "plan":
             plan(DoRACLI, given[1:])
+        elif verb == "compare":
+            compare(DoRACLI, given[1:])
         else:
             DoRACLI(args)
     elif verb == "--version":
