@@ -1,7 +1,8 @@
 """Losses and scores of a causal or vision-language model, with logits only where they are needed.
 
 Shapes: B sequences, T tokens, D hidden features, V vocabulary, N positions that are supervised or scored. With a
-vocabulary of 128,000 the logits ``[B, T, V]`` would dominate memory; here only ``[N, V]`` exist.
+vocabulary of 128,000 the logits ``[B, T, V]`` would dominate memory; here only those of positions that count exist,
+and of many of these only a part at a time (:mod:`~dora_lightning.backbones.token_losses`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from dora_lightning.backbones.prompt_cache import PromptCache, common_start, read_prompts, shared_start
+from dora_lightning.backbones.token_losses import token_losses
 from dora_lightning.data import IGNORE
 from dora_lightning.pretrained import tokenize
 
@@ -57,14 +59,11 @@ def supervised_loss(
             raise ValueError(
                 f"rows that share an image need the attention sdpa or eager, not {model.config._attn_implementation}"
             )
-        logits, targets, _ = _supervised_logits(
-            model, input_ids, _turns_mask(turns, attention_mask, model.dtype), labels, vision, _turns_positions(turns)
-        )
-    else:
-        logits, targets, _ = _supervised_logits(model, input_ids, attention_mask, labels, vision, position_ids)
-    if not len(targets):
-        return logits.sum() * 0.0, 0
-    return F.cross_entropy(logits.float(), targets), len(targets)
+        attention_mask = _turns_mask(turns, attention_mask, model.dtype)
+        position_ids = _turns_positions(turns)
+    losses, _ = _supervised_losses(model, input_ids, attention_mask, labels, vision, position_ids)
+    # a mean over nothing would be NaN; the sum of nothing is 0, and of the graph
+    return losses.sum() / max(1, len(losses)), len(losses)
 
 
 def sequence_log_likelihoods(
@@ -78,27 +77,32 @@ def sequence_log_likelihoods(
         attention_mask: ``[B, T]``, 0 on padding.
         labels: ``[B, T]``, the input's own ids where supervised, ``IGNORE`` elsewhere; shifted here.
     """
-    logits, targets, rows = _supervised_logits(model, input_ids, attention_mask, labels)
-    log_probs = -F.cross_entropy(logits.float(), targets, reduction="none")  # [N]
-    return log_probs.new_zeros(len(input_ids)).index_add(0, rows, log_probs)
+    losses, rows = _supervised_losses(model, input_ids, attention_mask, labels)
+    return losses.new_zeros(len(input_ids)).index_add(0, rows, -losses)
 
 
-def _supervised_logits(
+def _supervised_losses(
     model: PreTrainedModel,
     input_ids: Tensor,
     attention_mask: Tensor,
     labels: Tensor,
     vision: Mapping[str, Tensor] | None = None,
     position_ids: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits ``[N, V]`` of what is supervised, the tokens ``[N]`` that should follow, and their rows ``[N]``."""
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy ``[N]`` of each supervised position, in fp32, and its row ``[N]``."""
     targets = labels[:, 1:]
     supervised = targets != IGNORE  # [B, T - 1]
     if position_ids is None or attention_mask.ndim == 4:
         hidden = _hidden(model, input_ids, attention_mask, position_ids, vision=vision)  # [B, T, D]
     else:
         hidden = _hidden_of_packed(model, input_ids, position_ids)
-    return _logits(model, hidden[:, :-1][supervised]), targets[supervised], supervised.nonzero()[:, 0]
+    losses = token_losses(
+        partial(_logits, model),
+        hidden[:, :-1][supervised],
+        targets[supervised],
+        model.config.get_text_config().vocab_size,
+    )
+    return losses, supervised.nonzero()[:, 0]
 
 
 @torch.no_grad()

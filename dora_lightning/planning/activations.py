@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dora_lightning.backbones.token_losses import tokens_at_once
 from dora_lightning.planning.blocks import Block, Linear, Sizes
 
 
@@ -107,6 +108,7 @@ def activations(sizes: Sizes, step: Step) -> Activations:
         largest = max(largest, known[block, stream])
         stream = block.needs_gradient(stream)[1]
     first = sizes.blocks[0]
+    at_once = tokens_at_once(sizes.head.outputs)
     # cosines and sines of positions, for all blocks; one row of them unless rows are packed
     kept += 2 * step.stream_bytes * step.length * first.head_dim
     if step.masked and step.attention != "flash_attention_2":
@@ -117,9 +119,9 @@ def activations(sizes: Sizes, step: Step) -> Activations:
     return Activations(
         saved=kept + sum(head.values()) + n,
         block=largest,
-        logits=4 * step.positions * sizes.head.outputs + 8 * step.positions,
+        logits=8 * step.positions + (4 * step.positions * sizes.head.outputs if step.positions <= at_once else 0),
         # of the loss in fp32: the logarithms of the softmax, their gradient and that of the logits
-        logits_peak=12 * step.positions * sizes.head.outputs,
+        logits_peak=12 * min(step.positions, at_once) * sizes.head.outputs,
         backward=_backward_bytes(first, step),
     )
 
