@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
 import sys
@@ -20,22 +19,22 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from rich.console import Console, Group
-from rich.table import Table
+from rich.console import Console
 
 import dora_lightning
 import dora_lightning.backbones
 import dora_lightning.callbacks
 from dora_lightning.backbones import Backbone
-from dora_lightning.callbacks import DoRA
+from dora_lightning.callbacks import DoRA, RunSummary
+from dora_lightning.callbacks.run_summary import run_files
 from dora_lightning.comparing import compare
 from dora_lightning.extract_features import extract_features
 from dora_lightning.mt_bench.commands import mt_bench, mt_bench_judge, mt_bench_scores
 from dora_lightning.offline import generate, merge
 from dora_lightning.planning import plan
-from dora_lightning.runs import RESULT_FILE, next_version, unfinished_run, write_result
+from dora_lightning.runs import BEFORE_FILE, RESULT_FILE, next_version, read_result, unfinished_run, write_result
+from dora_lightning.training.run_report import held_out_table
 
-BEFORE_FILE = "before.json"
 TRACEBACK_VARIABLE = "DORA_LIGHTNING_TRACEBACK"
 # what bad input raises; anything else is a bug, and its traceback is shown
 _EXPECTED_ERRORS = (ValueError, OSError, ImportError, MisconfigurationException)
@@ -124,6 +123,12 @@ class DoRACLI(LightningCLI):
             default=False,
             help="fit: test what was trained, as the verb test does with the last checkpoint.",
         )
+        parser.add_argument(
+            "--run_summary",
+            type=bool,
+            default=True,
+            help="fit: say at the end what the run took, in the terminal and with plots in its summary.md.",
+        )
 
     def _parse_ckpt_path(self) -> None:
         """Do not let hyperparameters of a checkpoint override the config and the command line."""
@@ -152,9 +157,15 @@ class DoRACLI(LightningCLI):
             version, checkpoint = unfinished
             config.ckpt_path = str(checkpoint)
             rank_zero_info(f"Resuming the interrupted run {checkpoint.parent.parent}; --resume false starts a new one")
+        callbacks = config.trainer.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if config.dora is not None:
-            callbacks = config.trainer.callbacks or []
-            kwargs["callbacks"] = [config.dora, *(callbacks if isinstance(callbacks, list) else [callbacks])]
+            callbacks = [config.dora, *callbacks]
+        if self.subcommand == "fit":
+            self._summary = next((c for c in callbacks if isinstance(c, RunSummary)), None) or RunSummary()
+            self._summary.waits = True  # for after_fit, which may test
+            callbacks = [*(c for c in callbacks if c is not self._summary), self._summary]
+        kwargs["callbacks"] = callbacks
         if config.trainer.logger in (None, True):
             kwargs |= {"logger": _loggers(root, version), "default_root_dir": str(root)}
         return super().instantiate_trainer(**kwargs)
@@ -183,16 +194,20 @@ class DoRACLI(LightningCLI):
         if self.config.fit.test_after:
             self.test(model=self.model, datamodule=self.datamodule, weights_only=True)
             after |= {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        if folder is None or not self.trainer.is_global_zero:
+        if not self.trainer.is_global_zero:
             return
-        checkpoint = self.trainer.checkpoint_callback
-        saved = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
-        before = _saved_before(folder)
-        if before is not None:
-            Console().print(_comparison(before, after))
-        write_result(folder, RESULT_FILE, {"steps": self.trainer.global_step, "before": before, "after": after})
-        lines = f"Run folder: {folder}" + (f"\nAdapter checkpoint: {saved}" if saved else "")
-        Console().print(lines, markup=False, highlight=False, soft_wrap=True)
+        before, facts = _saved_before(folder), self._summary.facts
+        if folder is not None:
+            result = {"steps": self.trainer.global_step, "before": before, "after": after}
+            # a launcher that spawns processes leaves no facts in this one
+            write_result(folder, RESULT_FILE, result | (facts.measured() if facts is not None else {}))
+        if facts is not None and self.config.fit.run_summary:
+            self._summary.report(self.trainer, after)
+        elif folder is not None:
+            if before is not None:
+                Console().print(held_out_table(before, after))
+            for label, path in run_files(self.trainer, folder, self.model).items():
+                Console().print(f"{label}: {path}", markup=False, highlight=False, soft_wrap=True)
 
     def _run_folder(self) -> Path | None:
         log_dir = self.trainer.log_dir  # asks the first process: to be called on every one
@@ -200,8 +215,7 @@ class DoRACLI(LightningCLI):
 
 
 def _saved_before(folder: Path | None) -> dict[str, float] | None:
-    path = folder / BEFORE_FILE if folder else None
-    return json.loads(path.read_text()) if path is not None and path.is_file() else None
+    return read_result(folder, BEFORE_FILE) if folder else None
 
 
 def _check_checkpoint_file(path: str | None) -> None:
@@ -219,23 +233,6 @@ def _loggers(root: Path, version: int) -> list[Logger]:
     folder = root / f"version_{version}"
     table = next(name for number in count() if not (folder / (name := f"metrics_{number}")).exists())
     return [TensorBoardLogger(str(root), name="", version=version), CSVLogger(str(root), folder.name, table)]
-
-
-def _comparison(before: dict[str, float], after: dict[str, float]) -> Group:
-    """Held-out results: data sets in rows, measures in columns, the loss below."""
-    shared = [name.removeprefix("val/") for name in before if name in after]
-    measures = list(dict.fromkeys(name.rpartition("/")[2] for name in shared if "/" in name))
-    table = Table(title="Held-out results before -> after", title_justify="left")
-    table.add_column("")
-    for measure in measures:
-        table.add_column(f"{measure} (%)", justify="right")
-    for source in dict.fromkeys(name.rpartition("/")[0] for name in shared if "/" in name):
-        if source == "mean":
-            table.add_section()
-        cells = [(100 * before[f"val/{source}/{m}"], 100 * after[f"val/{source}/{m}"]) for m in measures]
-        table.add_row(source, *(f"{old:.1f} -> {new:.1f}" for old, new in cells))
-    loss = [f"Held-out loss {before['val/loss']:.3f} -> {after['val/loss']:.3f}"] if "loss" in shared else []
-    return Group(*([table] if measures else []), *loss)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -13,6 +13,9 @@ from dora_lightning.files import write_text_atomically
 RESULT_FILE = "result.json"
 """Written when a fit has finished; a run folder without it was interrupted."""
 
+BEFORE_FILE = "before.json"
+"""Scores of the untrained model."""
+
 
 def next_version(root: Path) -> int:
     """Number of the first run folder that does not exist yet, counting up from the newest."""
@@ -37,6 +40,12 @@ def write_result(folder: Path, name: str, content: Mapping[str, Any]) -> None:
     """Write a JSON file of results into a run folder, all of it or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomically(folder / name, json.dumps(content, indent=2) + "\n")
+
+
+def read_result(folder: Path, name: str) -> dict[str, Any] | None:
+    """What :func:`write_result` has written; ``None`` if it has not."""
+    path = folder / name
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _versions(root: Path) -> list[int]:
