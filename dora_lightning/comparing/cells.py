@@ -113,4 +113,4 @@ def _name(study: Study, labels: Mapping[str, str | None], seed: int | None) -> s
 
 def _part(axis: str, label: str) -> str:
     word = label if re.match(r"[A-Za-z]", label) and label not in ("true", "false", "null") else f"{axis}{label}"
-    return re.sub(r"[^\w.+]+", "_", word)
+    return re.sub(r"[^\w.+-]+", "_", word)

@@ -52,7 +52,9 @@ def compare(cli: type[LightningCLI], args: list[str]) -> None:
     if devices and jobs > len(devices):
         raise ValueError(f"--jobs {jobs} needs {jobs} devices, --devices names {len(devices)}: {', '.join(devices)}")
     open_cells = [folder for folder in chosen if folder.run is None]
-    parse_cells(cli, study.configs, [folder.cell for folder in open_cells], lambda cell, config: None)
+    # cells that differ in their seed alone have the same options
+    distinct = {folder.cell.group: folder.cell for folder in reversed(open_cells)}
+    parse_cells(cli, study.configs, list(distinct.values()), lambda cell, config: None)
     done = len(folders) - sum(folder.run is None for folder in folders)
     console.print(
         f"{escape(study.title)}: {len(cells)} cells in {study.folder}, {done} done, {len(open_cells)} to run",
@@ -96,7 +98,7 @@ def _chosen(folders: list[CellFolder], wanted: str) -> CellFolder:
 def _listing(study: Study, folders: list[CellFolder]) -> Table:
     table = Table(title=f"{escape(study.title)}: {len(folders)} cells in {study.folder}", title_justify="left")
     table.add_column("", justify="right")
-    table.add_column("cell", overflow="fold")
+    table.add_column("cell", no_wrap=True)
     for name in (*(axis.name for axis in study.axes), *(["seed"] if study.seeds else []), "state"):
         table.add_column(name)
     table.add_column(study.metrics[0].title, justify="right")
@@ -105,7 +107,7 @@ def _listing(study: Study, folders: list[CellFolder]) -> Table:
         if state == DONE:
             score = study.metrics[0].shown(read_result(study, folder).metrics[study.metrics[0].name])
         labels = [label or "-" for label in cell.labels.values()] + ([str(cell.seed)] if study.seeds else [])
-        table.add_row(str(cell.number), cell.name, *labels, folder.lock.holder() or state, score)
+        table.add_row(str(cell.number), cell.name, *labels, state, score)
     return table
 
 
