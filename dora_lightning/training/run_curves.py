@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +35,9 @@ def draw_run(run: Path, folder: Path, logged: Sequence[Path]) -> list[Path]:
     known = {path.resolve() for path in parts}
     parts += [path for path in (place / _METRICS for place in logged) if path.resolve() not in known]
     curves = read_curves(parts)
-    losses = {name: points for name, points in curves.items() if "loss" in name and not name.startswith("test")}
+    # those of training first, whatever was logged first
+    names = sorted((name for name in curves if "loss" in name), key=lambda name: name.startswith("val"))
+    losses = {name: curves[name] for name in names}
     rates = {name: points for name, points in curves.items() if name.startswith("lr-")}
     drawn = []
     if losses:
@@ -45,7 +48,9 @@ def draw_run(run: Path, folder: Path, logged: Sequence[Path]) -> list[Path]:
 
 
 def read_curves(parts: Sequence[Path]) -> Curves:
-    """What was logged, by name; a part that goes on from a checkpoint replaces what came after that.
+    """What was logged of training and validation, by name.
+
+    A part that goes on from a checkpoint replaces what came after that.
 
     Args:
         parts: files of a CSVLogger, in order; one that is not there is passed over.
@@ -55,15 +60,17 @@ def read_curves(parts: Sequence[Path]) -> Curves:
         if not path.is_file():
             continue
         with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("step")]
-        begin = min((int(row["step"]) for row in rows), default=0)
-        for points in curves.values():
-            for step in [step for step in points if step >= begin]:
-                del points[step]
-        for row in rows:
-            for name, value in row.items():
-                if value and name not in ("step", "epoch"):
-                    curves.setdefault(name, {})[int(row["step"])] = float(value)
+            rows = [
+                (int(row["step"]), name, float(value))
+                for row in csv.DictReader(file)
+                for name, value in row.items()
+                # a part may hold nothing but a test after the fit
+                if value and name not in ("step", "epoch") and not name.startswith("test")
+            ]
+        begin = min((step for step, _, _ in rows), default=sys.maxsize)
+        curves = {name: {s: v for s, v in points.items() if s < begin} for name, points in curves.items()}
+        for step, name, value in rows:
+            curves.setdefault(name, {})[step] = value
     return {name: points for name, points in curves.items() if points}
 
 

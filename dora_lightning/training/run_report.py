@@ -85,7 +85,7 @@ def run_rows(facts: RunFacts, ending: Ending) -> dict[str, str]:
     for name, (value, step) in progress.best.items():
         end = ending.after.get(name)
         last = f"{end:.4g} at the end, " if end is not None else ""
-        rows[name] = f"{last}best {value:.4g} at step {step:,}"
+        rows[name] = f"{last}the best" if end == value else f"{last}best {value:.4g} at step {step:,}"
     return {name: text for name, text in rows.items() if text}
 
 

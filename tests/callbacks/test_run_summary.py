@@ -213,7 +213,9 @@ def test_a_part_that_goes_on_replaces_what_came_after_its_checkpoint(tmp_path: P
     first, second = tmp_path / "first.csv", tmp_path / "second.csv"
     first.write_text("step,train/loss,val/loss\n0,5.0,\n1,4.0,\n1,,4.5\n2,3.0,\n3,9.0,\n3,,9.5\n")
     second.write_text("epoch,step,train/loss\n0,2,2.0\n1,3,1.0\n")
-    assert read_curves([first, second, tmp_path / "none.csv"]) == {
+    tested = tmp_path / "tested.csv"
+    tested.write_text("epoch,step,test/loss\n1,0,7.0\n")
+    assert read_curves([first, second, tmp_path / "none.csv", tested]) == {
         "train/loss": {0: 5.0, 1: 4.0, 2: 2.0, 3: 1.0},
         "val/loss": {1: 4.5},
     }
