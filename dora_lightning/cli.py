@@ -24,6 +24,7 @@ from rich.console import Console
 import dora_lightning
 import dora_lightning.backbones
 import dora_lightning.callbacks
+from dora_lightning.analyzing.command import analyze
 from dora_lightning.backbones import Backbone
 from dora_lightning.callbacks import DoRA, RunSummary
 from dora_lightning.callbacks.run_summary import run_files
@@ -50,6 +51,7 @@ TRAINER_VERBS = {
 OFFLINE_VERBS: dict[str, Callable[..., Any]] = {
     "merge": merge,
     "generate": generate,
+    "analyze": analyze,
     "extract-features": extract_features,
     "mt-bench": mt_bench,
     "mt-bench-judge": mt_bench_judge,

@@ -50,13 +50,16 @@ class TypePattern:
         count: how many modules.
         delta_m: mean over modules at the last step.
         delta_d: likewise.
-        correlation: of both over modules and steps.
+        correlation: of both over modules and steps, as the paper has it. Both grow from zero, which alone brings it
+            up while a run is short.
+        at_last: of both over modules at the last step alone.
     """
 
     count: int
     delta_m: float
     delta_d: float
     correlation: Correlation
+    at_last: Correlation
 
 
 def make_record(step: int, module: str, method: str, change: WeightChange, full_name: str | None = None) -> Record:
@@ -88,6 +91,7 @@ def pattern_of(records: Sequence[Record]) -> TypePattern:
         sum(record.delta_m for record in at_last) / len(at_last),
         sum(record.delta_d for record in at_last) / len(at_last),
         correlation([record.change for record in records]),
+        correlation([record.change for record in at_last]),
     )
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_lightning.adapters.analysis import row_blocks
+from dora_lightning.adapters.operators import operator_of
 
 # elements that are read at a time: what was read before goes with the closed file
 _PIECE = 2**24
@@ -64,9 +66,7 @@ class StoredWeights:
     def blocks(self, key: str) -> Iterator[tuple[int, Tensor]]:
         """As :func:`~dora_lightning.adapters.analysis.row_blocks` of the weight, which is never whole in memory."""
         rows, *rest = self._shapes[key]
-        columns = 1
-        for size in rest:
-            columns *= size
+        columns = math.prod(rest)
         blocks = [start for start, _ in row_blocks(torch.empty(rows, columns, device="meta"))]
         height = blocks[1] if len(blocks) > 1 else max(1, rows)
         step = height * max(1, _PIECE // max(1, height * columns))
@@ -76,6 +76,11 @@ class StoredWeights:
                 for start, block in row_blocks(piece):
                     yield first + start, block
                 del piece, block
+
+
+def is_matrix(shape: tuple[int, ...], module: nn.Module | None) -> bool:
+    """Whether a weight is one matrix ``[out, in]``, or a convolution's kernel, and not a vector or a stack."""
+    return len(shape) == 2 or (len(shape) > 2 and module is not None and operator_of(module) is not None)
 
 
 def write_tensors(

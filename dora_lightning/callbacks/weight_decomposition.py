@@ -28,6 +28,7 @@ from dora_lightning.analyzing.records import (
     write_records,
 )
 from dora_lightning.analyzing.start_weights import SNAPSHOT_FILE, StartWeights, write_snapshot
+from dora_lightning.analyzing.stored_weights import is_matrix
 from dora_lightning.training.sharded_checkpoint import whole_tensor
 
 
@@ -222,9 +223,10 @@ def _find_watched(pl_module: LightningModule, modules: str | list[str] | None) -
                 "DoRA injects them, and load_peft_adapter reads those that PEFT has written"
             )
         for part, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad and parameter.ndim > 1 and id(parameter) not in seen:
+            kind = module if part == "weight" else None
+            if parameter.requires_grad and is_matrix(tuple(parameter.shape), kind) and id(parameter) not in seen:
                 seen.add(id(parameter))
-                operator = operator_of(module) if part == "weight" else None
+                operator = None if kind is None else operator_of(kind)
                 parameter_name = f"{name}.{part}" if name else part
                 # a weight goes by the name of its module
                 shown = name if part == "weight" and name else parameter_name
