@@ -7,9 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import MakeLlama, perturb_adapters
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from dora_lightning import AdapterConfig, inject_adapters
+from dora_lightning.backbones import prompt_cache
 from dora_lightning.backbones.causal_lm import (
     check_plain_logits,
     generate_texts,
@@ -215,6 +222,102 @@ def test_special_tokens_may_come_with_the_prompt(model: LlamaForCausalLM, tokeni
     options = {"max_new_tokens": 8, "do_sample": False}
     written = generate_texts(model, tokenizer, ["<s>" + PROMPTS[0]], **options)
     assert written == generate_texts(model, tokenizer, PROMPTS[:1], **options)
+
+
+BEGINNING = "Below is an instruction with a beginning that all have. Answer it:\n"
+
+
+@pytest.fixture
+def any_start_is_worth_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_cache, "_WORTH_A_PASS", 1)
+
+
+@pytest.mark.usefixtures("any_start_is_worth_a_pass")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5},
+        {"num_beams": 2, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    ],
+)
+def test_texts_are_the_same_with_what_prompts_share_read_once(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> None:
+    # the first is nothing but what is shared, and one token
+    prompts = [BEGINNING, *(BEGINNING + prompt for prompt in PROMPTS)]
+    options = {"max_new_tokens": 10, "do_sample": False, **options}
+    expected = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+        expected += tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+    assert generate_texts(model, tokenizer, prompts, **options) == expected
+    assert len(set(expected)) > 3
+
+
+@pytest.mark.usefixtures("any_start_is_worth_a_pass")
+def test_scores_are_the_same_with_what_prompts_share_read_once(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    check_scores(model, tokenizer, [BEGINNING + prompt for prompt in PROMPTS[:3]], OPTIONS[:3])
+    check_scores(model, tokenizer, [BEGINNING, BEGINNING], [OPTIONS[0], OPTIONS[0]])
+
+
+def tokens_read(model: LlamaForCausalLM) -> list[torch.Size]:
+    seen: list[torch.Size] = []
+    model.model.register_forward_pre_hook(lambda _, __, named: seen.append(named["input_ids"].shape), with_kwargs=True)
+    return seen
+
+
+def test_beams_read_a_prompt_once(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    seen = tokens_read(model)
+    longest = max(len(tokenizer(prompt).input_ids) for prompt in PROMPTS)
+    generate_texts(model, tokenizer, PROMPTS, num_beams=3, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    assert seen == [(4, longest - 1), (12, 1), (12, 1)]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_a_long_common_beginning_is_read_once(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> None:
+    prompts = [4 * BEGINNING + prompt for prompt in PROMPTS]
+    ids = [tokenizer(prompt).input_ids for prompt in prompts]
+    shared = next(i for i, tokens in enumerate(zip(*ids, strict=False)) if len(set(tokens)) > 1)
+    assert shared * 3 >= 256
+    seen = tokens_read(model)
+    rest = max(map(len, ids)) - shared - 1
+    generate_texts(model, tokenizer, prompts, max_new_tokens=1, do_sample=False, **options)
+    assert seen == [(1, shared), (4, rest), (4 * options.get("num_beams", 1), 1)]
+    seen.clear()
+    option_log_likelihoods(model, tokenizer, prompts, [*OPTIONS[:3], (" y", " z")])
+    assert seen[:2] == [(1, shared), (4, rest)]
+
+
+def test_options_that_a_cache_could_change_are_left_to_transformers(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    options = {"num_beams": 2, "max_new_tokens": 4, "do_sample": False}
+    expected = generate_texts(model, tokenizer, PROMPTS, **options)
+    seen = tokens_read(model)
+    assert generate_texts(model, tokenizer, PROMPTS, use_cache=False, **options) == expected
+    assert seen[0][0] == 8
+
+
+def test_a_window_of_attention_sees_what_it_would_alone(tiny_llama: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=8, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}
+    together = generate_texts(model, tokenizer, PROMPTS, **options)
+    for prompt, text in zip(PROMPTS, together, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+        assert text == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 # Architectures -------------------------------------------------------------------------------------------------------
