@@ -101,6 +101,7 @@ def adapter_linear(
     scaling: float = 1.0,
     gain: Float[Tensor, " out"] | None = None,
     x_dropped: Float[Tensor, "*batch in"] | None = None,
+    reuse_output: bool = False,
 ) -> Float[Tensor, "*batch out"]:
     """``g * (W x + s B A x~) + bias`` as one autograd function; ``B A`` is never built, the bias never scaled.
 
@@ -117,6 +118,9 @@ def adapter_linear(
         scaling: ``alpha / rank``.
         gain: ``m / n``; kept in fp32 and applied in fp32.
         x_dropped: input of the low-rank path if it differs from ``x`` (dropout).
+        reuse_output: keep the output for the gradient of the gain, as ``z = y / g``, and no ``z`` of its own. Whoever
+            reads the output often keeps it anyway. It must then not be changed in place, which autograd refuses; a
+            gain of exactly 0 gets no gradient. Ignored where there is a bias, beside which ``g z`` may be small.
 
     A second derivative is refused with an error: the backward pass is written for one.
     """
@@ -126,7 +130,8 @@ def adapter_linear(
         x = x.to(dtype)
         x_dropped = None if x_dropped is None else x_dropped.to(dtype)
     with _no_autocast(device):
-        return _AdapterLinear.apply(x, x_dropped, weight, bias, lora_A, lora_B, scaling, gain)
+        reuse_output = reuse_output and bias is None
+        return _AdapterLinear.apply(x, x_dropped, weight, bias, lora_A, lora_B, scaling, gain, reuse_output)
 
 
 def adapt_product(
@@ -192,6 +197,7 @@ class _AdapterLinear(torch.autograd.Function):
         lora_B: Tensor | None,
         scaling: float,
         gain: Tensor | None,
+        reuse_output: bool,
     ) -> Tensor:
         z = F.linear(x, weight.to(x.dtype))
         h = None
@@ -199,17 +205,21 @@ class _AdapterLinear(torch.autograd.Function):
             h = F.linear(x if x_dropped is None else x_dropped, lora_A.to(x.dtype))
             # into the base product: the low-rank product never exists at [..., out]
             _flat(z).addmm_(_flat(h), lora_B.to(x.dtype).T, alpha=scaling)
+        needs_gain = ctx.needs_input_grad[7]
         if gain is None:
             y = z
-        elif ctx.needs_input_grad[7]:
+        elif needs_gain and not reuse_output:
             y = _scale(z, gain, out=torch.empty_like(z))
         else:
             y = _scale(z, gain, out=z)
         if bias is not None:
             y.add_(bias)
-        # z is kept for the gradient of the gain alone
-        ctx.save_for_backward(x, x_dropped, h, z if ctx.needs_input_grad[7] else None, weight, lora_A, lora_B, gain)
-        ctx.scaling = scaling
+        # what the gradient of the gain is made of, and of the two inputs only those that a gradient is made of
+        needs_weight, low_rank = ctx.needs_input_grad[2], h is not None
+        kept_x = x if needs_weight or (low_rank and x_dropped is None) else None
+        kept_z = None if not needs_gain else y if reuse_output else z
+        ctx.save_for_backward(kept_x, x_dropped, h, kept_z, weight, lora_A, lora_B, gain)
+        ctx.scaling, ctx.reuse_output, ctx.x_shape = scaling, reuse_output, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -218,7 +228,7 @@ class _AdapterLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, x_dropped, h, z, weight, lora_A, lora_B, gain = ctx.saved_tensors
         s: float = ctx.scaling
-        needs_x, needs_dropped, needs_weight, needs_bias, needs_A, needs_B, _, needs_gain = ctx.needs_input_grad
+        needs_x, needs_dropped, needs_weight, needs_bias, needs_A, needs_B, _, needs_gain, _ = ctx.needs_input_grad
         dx = dx_dropped = dweight = dbias = dA = dB = dgain = None
 
         flat_dy = _flat(dy)
@@ -226,9 +236,11 @@ class _AdapterLinear(torch.autograd.Function):
             dbias = flat_dy.sum(dim=0, dtype=_wide_dtype(dy.dtype)).to(ctx.bias_dtype)
         if needs_gain:
             dgain = _sum_of_products(flat_dy, _flat(z)).to(gain.dtype)
+            if ctx.reuse_output:  # z is y, hence g z
+                dgain = torch.where(gain == 0, 0, dgain / gain)
         # g * dy is built where there are fewer tokens than inputs; elsewhere the gain goes into a smaller factor
         if needs_x:
-            dx = _product_with_gain(flat_dy, gain, weight).view(x.shape)
+            dx = _product_with_gain(flat_dy, gain, weight).view(ctx.x_shape)
         if needs_weight:
             dweight = flat_dy.T @ _flat(x)
             dweight = (dweight if gain is None else gain[:, None] * dweight).to(weight.dtype)
@@ -241,10 +253,10 @@ class _AdapterLinear(torch.autograd.Function):
                 if needs_A:
                     dA = (dh.T @ _flat(x if x_dropped is None else x_dropped)).to(lora_A.dtype)
                 if needs_dropped:
-                    dx_dropped = (dh @ lora_A.to(dy.dtype)).view(x.shape)
+                    dx_dropped = (dh @ lora_A.to(dy.dtype)).view(ctx.x_shape)
                 elif needs_x and x_dropped is None and dx is not None:
                     _flat(dx).addmm_(dh, lora_A.to(dy.dtype))
-        return dx, dx_dropped, dweight, dbias, dA, dB, None, dgain
+        return dx, dx_dropped, dweight, dbias, dA, dB, None, dgain, None
 
 
 class _AdaptProduct(torch.autograd.Function):

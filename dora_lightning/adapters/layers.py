@@ -60,6 +60,8 @@ class AdapterLayer(nn.Module):
             # not by __getattr__, which every access to a parameter would pass through
             setattr(self, attribute, getattr(base_layer, attribute))
         self.disabled = False
+        self.reuse_output = False
+        """Whether the magnitude's gradient is made of the output; see :func:`reuse_outputs`."""
         # the parameter, or the quantised layer, that merging replaced; out of parameters() and state_dict()
         self._unmerged: tuple[Tensor | nn.Module, ...] = ()
 
@@ -259,7 +261,9 @@ class LoRALinear(AdapterLayer):
     def _outputs(self, x: Tensor, bias: Tensor | None, gain: Tensor | None, x_dropped: Tensor | None) -> Tensor:
         """``gain (W x + s B A x_dropped) + bias``."""
         A, B = self.factors()
-        return self.operator.adapted(self.base_layer, x, bias, A, B, self.scaling, gain=gain, x_dropped=x_dropped)
+        return self.operator.adapted(
+            self.base_layer, x, bias, A, B, self.scaling, gain, x_dropped, reuse_output=self.reuse_output
+        )
 
     def _adapted(self, x: Tensor) -> Tensor:
         return self._outputs(x, self.bias, None, self._dropped(x))
@@ -381,7 +385,7 @@ class MagnitudeLinear(AdapterLayer):
         gain = functional.gain(self.magnitude, self.norm())
         if self.norm_axis == "in":
             return self.base_layer(_scaled_input(x, gain))
-        return self.operator.adapted(self.base_layer, x, self.bias, gain=gain)
+        return self.operator.adapted(self.base_layer, x, self.bias, gain=gain, reuse_output=self.reuse_output)
 
 
 def _scaled_input(x: Tensor, gain: Tensor) -> Tensor:

@@ -83,8 +83,12 @@ class Operator:
         scaling: float = 1.0,
         gain: Tensor | None = None,
         x_dropped: Tensor | None = None,
+        reuse_output: bool = False,
     ) -> Tensor:
-        """``g (W x + s B A x~) + bias``; arguments as in :func:`dora_lightning.adapters.functional.adapter_linear`."""
+        """``g (W x + s B A x~) + bias``; arguments as in :func:`dora_lightning.adapters.functional.adapter_linear`.
+
+        ``reuse_output`` saves memory where an operator has its own backward pass, and changes nothing elsewhere.
+        """
         z = self.product(base_layer, x)
         if lora_A is not None and lora_B is not None:
             h = self.down(base_layer, x if x_dropped is None else x_dropped, lora_A)
@@ -129,6 +133,7 @@ class _QuantizedLinear(_Linear):
         scaling: float = 1.0,
         gain: Tensor | None = None,
         x_dropped: Tensor | None = None,
+        reuse_output: bool = False,
     ) -> Tensor:
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):

@@ -294,8 +294,9 @@ def _hidden(
     inputs: dict[str, Any] = dict(vision or {})
     if cache is not None:
         inputs[_cache_keyword(body)] = cache
-    elif attention_mask is None:
-        inputs["use_cache"] = False  # else the model makes a cache of its own, and takes a packed row for one sequence
+    else:
+        # else the model makes one of its own: copies of keys and values, and a packed row is taken for one sequence
+        inputs["use_cache"] = False
     inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     return body(**inputs).last_hidden_state
 

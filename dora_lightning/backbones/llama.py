@@ -19,6 +19,7 @@ from dora_lightning.backbones.causal_lm import (
     option_log_likelihoods,
     supervised_loss,
 )
+from dora_lightning.backbones.kept_outputs import reuse_outputs
 from dora_lightning.pretrained import load_causal_lm, load_tokenizer
 from dora_lightning.task import Task
 
@@ -80,6 +81,11 @@ class DoRALlama(Backbone):
         if self.gradient_checkpointing:
             enable_recomputation(model)
         return model, load_tokenizer(self.model_name_or_path)
+
+    def inject(self, model: PreTrainedModel) -> None:
+        """Put the adapters into the model, and freeze what does not train."""
+        super().inject(model)
+        reuse_outputs(model)
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
         """Mean cross-entropy over supervised tokens, and how many they are; images are refused."""

@@ -24,6 +24,7 @@ from dora_lightning.backbones.causal_lm import (
     supervised_loss,
 )
 from dora_lightning.backbones.feature_cache import FeatureCache
+from dora_lightning.backbones.kept_outputs import reuse_outputs
 from dora_lightning.backbones.vision_alignment import QuestionedImages, VisionAlignment, align_vision
 from dora_lightning.images import IMAGE
 from dora_lightning.llava_parts import LlavaParts, resolve_llava
@@ -137,6 +138,7 @@ class DoRALlava(Backbone):
         parts = {"vision_tower": _part(model, _TOWERS), "projector": _part(model, _PROJECTORS)}
         adapted = [_name_of(model, model.get_decoder()), *(parts[p] for p in wanted if wanted[p] == "adapted")]
         inject_adapters(model, replace(self.adapter, exclude_modules=outside(adapted, self.adapter.exclude_modules)))
+        reuse_outputs(model)
         for part, training in wanted.items():
             module = model.get_submodule(parts[part])
             if training == "full":

@@ -139,17 +139,21 @@ def block_bytes(block: Block, step: Step, stream: bool = True) -> int:
     kept: dict[str, int] = {}
     if stream:
         kept["norm 1"] = _norm_bytes(n, block.hidden)
+    # attention keeps values as they are, unless they are repeated for several heads
+    repeated = step.attention == "eager" or (step.masked and step.attention == "sdpa")
+    values_kept = not repeated or block.heads == block.kv_heads
     for name in "qkv":
-        _keep_linear(kept, name, linears[name], "x 1", needs[name], step, cast=True)
+        output_kept = name == "v" and values_kept
+        _keep_linear(kept, name, linears[name], "x 1", needs[name], step, cast=True, output_kept=output_kept)
     if needs["o"]:
         kept |= _attention_bytes(block, step)
     # the output of attention is kept once, for both
     _keep_linear(kept, "o", linears["o"], "attention", needs["o"], step)
     if needs["gate"]:
         kept["norm 2"] = _norm_bytes(n, block.hidden)
-    for name in ("gate", "up"):
-        _keep_linear(kept, name, linears[name], "x 2", needs[name], step, cast=True)
     gate, up = (needs[name] or linears[name].method is not None for name in ("gate", "up"))
+    for name in ("gate", "up"):
+        _keep_linear(kept, name, linears[name], "x 2", needs[name], step, cast=True, output_kept=gate)
     inner = a * n * linears["up"].outputs
     kept["swiglu"] = inner * (gate + gate + up)
     _keep_linear(kept, "down", linears["down"], "product", needs["down"], step)
@@ -157,11 +161,18 @@ def block_bytes(block: Block, step: Step, stream: bool = True) -> int:
 
 
 def _keep_linear(
-    kept: dict[str, int], name: str, linear: Linear, x: str, needs_x: bool, step: Step, cast: bool = False
+    kept: dict[str, int],
+    name: str,
+    linear: Linear,
+    x: str,
+    needs_x: bool,
+    step: Step,
+    cast: bool = False,
+    output_kept: bool = False,
 ) -> None:
     """Add what a linear layer keeps; ``x`` is the name that its input has where others keep it too.
 
-    ``cast``: the input comes from the residual stream, in its dtype.
+    ``cast``: the input comes from the residual stream, in its dtype. ``output_kept``: who reads the output keeps it.
     """
     n, a = step.tokens, step.compute_bytes
     own = cast and a != step.stream_bytes  # autocast makes a copy for each layer
@@ -185,22 +196,20 @@ def _keep_linear(
         x = f"{name} scaled"
         kept[f"{name} vectors"] = 8 * linear.inputs
         magnitude = False
-    if linear.dropout and linear.exact_dropout and not vera:
-        if not step.quantized:
-            kept[f"{name} x - x~"] = inputs
+    # the base's product alone needs no input for its gradient
+    if linear.dropout and not vera:
         kept[f"{name} x~"] = inputs
-    else:
-        if not step.quantized or (rank and not linear.dropout and not vera):
-            kept.setdefault(x, inputs)
-        if linear.dropout and not vera:
-            kept[f"{name} x~"] = inputs
+    elif rank and not vera:
+        kept.setdefault(x, inputs)
     kept[f"{name} h"] = a * n * rank
     if vera:
         kept[f"{name} update"] = a * n * linear.outputs
         if a != 4:
             kept[f"{name} pair"] = a * rank * (linear.inputs + linear.outputs)
     if magnitude:
-        kept[f"{name} z"] = a * n * linear.outputs
+        # behind exact dropout the output is a sum, which nobody keeps
+        if step.quantized or not (linear.keeps_output and output_kept) or (linear.dropout and linear.exact_dropout):
+            kept[f"{name} z"] = a * n * linear.outputs
         kept[f"{name} vectors"] = 8 * linear.outputs
     if linear.doubled:
         kept[f"{name} factors"] = 4 * rank * (linear.inputs + linear.outputs)

@@ -39,6 +39,8 @@ class Linear:
         dropout: probability.
         exact_dropout: the base path drops too, at the price of a second product.
         norm_axis: where the magnitude is.
+        doubled: first values are taken out of the update.
+        keeps_output: the gradient of the gain is made of the output, which others may keep too.
     """
 
     inputs: int
@@ -49,6 +51,7 @@ class Linear:
     exact_dropout: bool = False
     norm_axis: str = "out"
     doubled: bool = False
+    keeps_output: bool = False
 
     @property
     def weights(self) -> int:
@@ -175,6 +178,7 @@ def _linear(module: Any, adapter: AdapterConfig, doubled: bool) -> Linear:
         exact_dropout=adapter.exact_dropout and low_rank,
         norm_axis=adapter.norm_axis,
         doubled=doubled and low_rank,
+        keeps_output=module.reuse_output and module.bias is None and module.method in ("dora", "magnitude"),
     )
 
 

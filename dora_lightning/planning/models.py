@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from dora_lightning.adapters import AdapterConfig, inject_adapters
 from dora_lightning.adapters.initialization import draws_from_weight
+from dora_lightning.backbones.kept_outputs import reuse_outputs
 from dora_lightning.pretrained import not_loaded, resolve_pretrained
 
 
@@ -103,6 +104,7 @@ def planned_model(name: str, adapter: AdapterConfig, dtype: str = "auto", shape:
     # what A and B start from is drawn from weights that are not there; their shapes are the same
     plain = replace(adapter, init="kaiming") if draws_from_weight(adapter.init) else adapter
     inject_adapters(model, plain)
+    reuse_outputs(model)
     return PlannedModel(model, source, adapter)
 
 
