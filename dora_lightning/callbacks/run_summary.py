@@ -22,11 +22,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from dora_lightning.adapters import AdapterConfig, summarize_adapters
+from dora_lightning.analyzing.figure import plot_pattern
+from dora_lightning.analyzing.records import PATTERN_FILE, read_records
 from dora_lightning.callbacks.merge_on_save import MergeOnSave
 from dora_lightning.files import write_text_atomically
 from dora_lightning.gathering import gather
 from dora_lightning.plots import can_plot
 from dora_lightning.runs import BEFORE_FILE, read_result
+from dora_lightning.training.run_curves import draw_run
 from dora_lightning.training.run_facts import Progress, RunFacts, peak_memory, samples_in
 from dora_lightning.training.run_report import TITLE, Ending, markdown_report, terminal_report
 
@@ -44,7 +47,7 @@ class RunSummary(Callback):
 
     Args:
         dirpath: folder of ``summary.md``; by default the logger's, and without a logger nothing is written.
-        plots: draw the losses and learning rates that a CSVLogger has logged.
+        plots: draw the losses and learning rates that a CSVLogger has logged, and what WeightDecomposition has.
     """
 
     def __init__(self, dirpath: str | None = None, plots: bool = True) -> None:
@@ -231,12 +234,14 @@ class RunSummary(Callback):
         ending.files["Summary"] = str(path)
 
     def _draw(self, trainer: Trainer, run: Path, folder: Path) -> list[Path]:
-        from dora_lightning.training.run_curves import draw_run
-
         loggers = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
         for logger in loggers:
             logger.save()  # which it does every so many steps, and when all is over
-        return draw_run(run, folder, [Path(logger.log_dir) for logger in loggers])
+        drawn = draw_run(run, folder, [Path(logger.log_dir) for logger in loggers])
+        pattern = run / PATTERN_FILE  # of WeightDecomposition
+        if pattern.is_file() and (records := read_records(pattern)):
+            drawn.append(plot_pattern(records, folder / f"{pattern.stem}.png"))
+        return drawn
 
     def _commands(self, trainer: Trainer, files: Mapping[str, str]) -> dict[str, str]:
         """What to type next, where the ``dora-lightning`` command can do it."""

@@ -300,6 +300,7 @@ def test_one_that_the_config_has_is_the_one_and_it_can_be_left_out(
     content = yaml.safe_load(config.read_text())
     own = {"class_path": "dora_lightning.callbacks.RunSummary", "init_args": {"plots": False}}
     content["trainer"]["callbacks"].insert(0, own)
+    content["trainer"]["callbacks"].append({"class_path": "dora_lightning.callbacks.WeightDecomposition"})
     config.write_text(yaml.safe_dump(content | {"test_after": False}))
     run_cli("fit", "--config", config)
     assert capsys.readouterr().out.count("Run summary") == 1
@@ -307,12 +308,20 @@ def test_one_that_the_config_has_is_the_one_and_it_can_be_left_out(
     # though it comes before MergeOnSave
     assert "`runs/version_0/merged`" in (run / "summary.md").read_text()
     assert not list(run.glob("*.png"))
+    own["init_args"]["plots"] = True
+    config.write_text(yaml.safe_dump(content | {"test_after": False, "evaluate_before": False}))
+    run_cli("fit", "--config", config)
+    run = tmp_path / "runs/version_1"
+    assert {path.name for path in run.glob("*.png")} == {"loss.png", "learning_pattern.png"}
+    assert "![learning pattern](learning_pattern.png)" in (run / "summary.md").read_text()
+    capsys.readouterr()
 
+    config.write_text(yaml.safe_dump(content | {"test_after": False}))
     run_cli("fit", "--config", config, "--run_summary", "false")
-    out, run = capsys.readouterr().out, tmp_path / "runs/version_1"
+    out, run = capsys.readouterr().out, tmp_path / "runs/version_2"
     assert "Run summary" not in out
     assert "Held-out results before -> after" in out
-    assert "Run folder: runs/version_1" in out
+    assert "Run folder: runs/version_2" in out
     assert not (run / "summary.md").exists()
     assert json.loads((run / "result.json").read_text())["seconds"] > 0
 
