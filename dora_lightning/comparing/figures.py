@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SMOOTHING = 0.05
 """Share of a run's logged steps that a point of a training curve is the mean of."""
+LOSS_NOTE = f"Losses: the mean over seeds, each point of training the mean of the {SMOOTHING:.0%} of steps before it."
 SUFFIX = ".png"
 Curve = list[tuple[int, float]]
 
@@ -55,6 +56,7 @@ def _by_axis(study: Study, groups: Sequence[Group], axis: Axis) -> Figure:
     for group in groups:
         lines.setdefault(", ".join(title_parts(group.labels, without=[axis.name])), []).append(group)
     span = max(numbers.values()) - min(numbers.values())
+    beside = [title for title, members in lines.items() if members[0].labels[axis.name] is not None]
     for metric, panel in zip(study.metrics, panels, strict=True):
         for place, (title, members) in enumerate(lines.items()):
             score = members[0].score(metric)
@@ -62,7 +64,7 @@ def _by_axis(study: Study, groups: Sequence[Group], axis: Axis) -> Figure:
                 _band(panel, metric, score, title, place)
                 continue
             # side by side, so that the bars of one line do not hide those of another
-            aside = place - (len(lines) - 1) / 2
+            aside = beside.index(title) - (len(beside) - 1) / 2
             points = [(numbers[str(group.labels[axis.name])], group.score(metric)) for group in members]
             at = [x * 2 ** (0.07 * aside) if powers else x + 0.012 * span * aside for x, _ in points]
             _bars(panel, metric, at, [score for _, score in points], title, place)
@@ -136,7 +138,8 @@ def _losses(study: Study, groups: Sequence[Group]) -> Figure | None:
         panel.set_title(name)
         panel.set_xlabel("step")
         panel.set_ylabel("training loss")
-        panel.legend(fontsize="small", frameon=False)
+        if [title for title, *_ in curves] != [name]:
+            panel.legend(fontsize="small", frameon=False)
     bounds = [panel.get_ylim() for panel in panels]
     for panel in panels:
         panel.set_ylim(min(low for low, _ in bounds), max(high for _, high in bounds))

@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dora_lightning.comparing.figures import draw_figures
+from dora_lightning.comparing.figures import LOSS_NOTE, draw_figures
 from dora_lightning.comparing.folders import DONE, CellFolder
 from dora_lightning.comparing.locks import held
 from dora_lightning.comparing.results import Group, Result, best_group, group_results, read_result, within_spread
@@ -48,8 +48,10 @@ def _markdown(study: Study, folders: Sequence[CellFolder], groups: Sequence[Grou
         lines += ["", *_notes(study, groups), ""]
         for metric in study.metrics:
             lines += [f"## {metric.label or metric.name}", "", _verdict(groups, metric), ""]
+            if len(study.axes) > 1:
+                lines += [*_cross_table(study, groups, metric), ""]
     if figures:
-        lines += ["## Plots", ""]
+        lines += ["## Plots", "", "Bars and bands: one sample standard deviation. " + LOSS_NOTE, ""]
         lines += [line for figure in figures for line in (f"![{figure.stem}]({figure.name})", "")]
     elif groups and not can_plot():
         lines += ["No plots: they need matplotlib (`pip install dora-lightning[plots]`).", ""]
@@ -76,6 +78,19 @@ def _table(study: Study, groups: Sequence[Group]) -> list[str]:
     return [_row(header), _row(align), *map(_row, rows)]
 
 
+def _cross_table(study: Study, groups: Sequence[Group], metric: Metric) -> list[str]:
+    """One metric, the last axis in columns and the others in rows."""
+    *rows, last = [axis.name for axis in study.axes]
+    columns = [*study.axes[-1].values, *([None] if any(group.labels[last] is None for group in groups) else [])]
+    found = {tuple(group.labels.values()): group for group in groups}
+    table = [[*rows, *(f"{last} {column}" if column else f"no {last}" for column in columns)]]
+    table += [[":--"] * len(rows) + ["--:"] * len(columns)]
+    for labels in dict.fromkeys(tuple(group.labels[axis] for axis in rows) for group in groups):
+        members = [found.get((*labels, column)) for column in columns]
+        table += [[label or "-" for label in labels] + [_score_cell(m, metric, groups) if m else "" for m in members]]
+    return [_row(cells) for cells in table]
+
+
 def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -90,8 +105,7 @@ def _score_cell(group: Group, metric: Metric, groups: Sequence[Group]) -> str:
 
 def _with_spread(group: Group, metric: Metric) -> str:
     score = group.score(metric)
-    spread = "" if score.deviation is None else f" ± {metric.shown(score.deviation)}"
-    return metric.shown(score.mean) + spread
+    return metric.shown(score.mean, score.deviation)
 
 
 def _measures(groups: Sequence[Group]) -> list[tuple[str, Callable[[Sequence[Result]], str]]]:

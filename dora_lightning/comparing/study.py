@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,9 +43,14 @@ class Metric:
         """Label, with the unit."""
         return (self.label or self.name) + (" (%)" if self.percent else "")
 
-    def shown(self, value: float) -> str:
-        """A value as tables show it."""
-        return f"{100 * value:.2f}" if self.percent else f"{value:.4g}"
+    def shown(self, value: float, spread: float | None = None) -> str:
+        """A value as tables show it: percents with two decimals, others with four digits; a spread with as many."""
+        if self.percent:
+            value, decimals = 100 * value, 2
+            spread = None if spread is None else 100 * spread
+        else:
+            decimals = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 4
+        return f"{value:.{decimals}f}" + ("" if spread is None else f" ± {spread:.{decimals}f}")
 
 
 @dataclass(frozen=True)

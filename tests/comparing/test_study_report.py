@@ -47,8 +47,10 @@ def reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "runs/study"
 
 
-def table_of(report: str) -> list[dict[str, str]]:
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.splitlines() if line[:1] == "|"]
+def table_of(report: str, number: int = 0) -> list[dict[str, str]]:
+    """One of the report's tables, from 0."""
+    table = [part for part in report.split("\n\n") if part.startswith("|")][number]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
 
 
@@ -63,6 +65,8 @@ def test_the_table_is_means_and_sample_deviations(reported: Path) -> None:
     ]
     for place, (row, group) in enumerate(zip(rows, GROUPS, strict=True)):
         values = np.array(ACCURACY[group][:2] if group == "full" else ACCURACY[group])
+        loss = f"{1 - values.mean():.4f} ± {values.std(ddof=1):.4f}"
+        assert row["val/loss"].strip("* ≈") == loss
         expected = f"{100 * values.mean():.2f} ± {100 * values.std(ddof=1):.2f}"
         # dora of rank 8 is 0.67 points below the best, whose seeds spread by 2
         marked = {"dora-rank4": f"**{expected}**", "dora-rank8": f"{expected} ≈"}
@@ -72,6 +76,18 @@ def test_the_table_is_means_and_sample_deviations(reported: Path) -> None:
         assert float(row["share (%)"]) == pytest.approx(0.5 * (1 + place))
         assert float(row["training (s)"]) == np.mean([10.0 + seed for seed in range(len(values))])
         assert float(row["peak (GiB)"]) == 0.5 * len(values)
+
+
+def test_each_metric_has_the_last_axis_in_columns(reported: Path) -> None:
+    report = (reported / "report.md").read_text()
+    rows = table_of(report)
+    for number, metric in ((1, "val/mean/ranking (%)"), (2, "val/loss")):
+        crossed = {row["method"]: row for row in table_of(report, number)}
+        assert list(crossed) == ["dora", "lora", "full"]
+        for row in rows:
+            column = "no rank" if row["rank"] == "-" else f"rank {row['rank']}"
+            assert crossed[row["method"]][column] == row[metric]
+        assert crossed["full"]["rank 4"] == crossed["dora"]["no rank"] == ""
 
 
 def test_differences_within_the_spread_are_said_and_failures_named(reported: Path) -> None:
@@ -96,6 +112,7 @@ def test_each_cell_is_a_row_of_results(reported: Path) -> None:
 
 
 def test_plots_of_the_axes_there_are(reported: Path) -> None:
+    # what is in them was looked at by eye
     drawn = {path.name for path in reported.glob("*.png")}
     assert drawn == {"score-by-rank.png", "score-by-parameters.png", "loss.png"}
     for name in drawn:
