@@ -12,7 +12,7 @@ from tiny import MakeBackbone, MakeLlama, MakeTrainer, RunCLI, perturb_adapters
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from dora_lightning import AdapterConfig, inject_adapters, merge_adapters
+from dora_lightning import AdapterConfig, merge_adapters
 from dora_lightning.adapters import adapter_layers
 from dora_lightning.adapters.analysis import layer_change
 from dora_lightning.analyzing import command

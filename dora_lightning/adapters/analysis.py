@@ -32,7 +32,7 @@ WEIGHT = "base_layer.weight"
 """Name of the base's weight among an adapter layer's tensors."""
 
 # elements that are widened to float64 at a time
-_BLOCK = 2**20
+_BLOCK = 2**18
 
 
 class WeightChange(NamedTuple):
@@ -102,13 +102,13 @@ def change_of_blocks(blocks: Iterable[tuple[Tensor, Tensor]], by_row: bool) -> W
         blocks: pairs of equal shape that follow one another.
         by_row: whether a magnitude belongs to a stored row; else to a column.
     """
-    found = []
+    sums = _Sums(by_row)
     for before, after in blocks:
         old = _wide(before)
         update = _wide(after) - old
         axis = 1 if by_row else 0
-        found.append(torch.stack([(x * y).sum(axis) for x, y in ((old, old), (old, update), (update, update))]))
-    norm_sq, inner, update_sq = torch.cat(found, dim=1) if by_row else torch.stack(found).sum(0)
+        sums.add(torch.stack([(x * y).sum(axis) for x, y in ((old, old), (old, update), (update, update))], dim=1))
+    norm_sq, inner, update_sq = sums.total().T
     return _change(norm_sq, inner, update_sq, None)
 
 
@@ -134,17 +134,16 @@ def change_of_adapter(
         A, B = _wide(low_rank.A), low_rank.scaling * _wide(low_rank.B)
         if norm_axis == "in":
             A, B = B.T, A.T
-    norms, products = [], []
+    norms, products = _Sums(by_row), _Sums(by_row)
     for start, block in blocks:
         rows = _wide(block)
-        norms.append(rows.square().sum(1 if by_row else 0))
+        norms.add(rows.square().sum(1 if by_row else 0))
         if A is not None:
-            products.append(rows @ A.T if by_row else rows.T @ A[:, start : start + len(rows)].T)
-    norm_sq = torch.cat(norms) if by_row else torch.stack(norms).sum(0)
+            products.add(rows @ A.T if by_row else rows.T @ A[:, start : start + len(rows)].T)
+    norm_sq = norms.total()
     inner = update_sq = torch.zeros_like(norm_sq)
     if A is not None and B is not None:
-        cross = torch.cat(products) if by_row else torch.stack(products).sum(0)  # [features, rank]
-        inner = (B * cross).sum(1)
+        inner = (B * products.total()).sum(1)
         update_sq = ((B @ (A @ A.T)) * B).sum(1)
     return _change(norm_sq, inner, update_sq, None if magnitude is None else _wide(magnitude))
 
@@ -214,6 +213,26 @@ def correlation(changes: Sequence[WeightChange]) -> Correlation:
         deviations.append([value / size for value in spread])
     r = math.fsum(x * y for x, y in zip(*deviations, strict=True))
     return Correlation(max(-1.0, min(1.0, r)))
+
+
+class _Sums:
+    """What blocks of rows give for each feature: their rows one after the other, or the sum over all of them."""
+
+    def __init__(self, by_row: bool) -> None:
+        self._by_row = by_row
+        self._parts: list[Tensor] = []
+
+    def add(self, part: Tensor) -> None:
+        """``part [features, ...]`` of the next block."""
+        if self._by_row or not self._parts:
+            self._parts.append(part)
+        else:
+            # in place: what is kept between large blocks that come and go would scatter them over the heap
+            self._parts[0] += part
+
+    def total(self) -> Tensor:
+        """``[features, ...]`` of all blocks."""
+        return torch.cat(self._parts)
 
 
 def _change(norm_sq: Tensor, inner: Tensor, update_sq: Tensor, magnitude: Tensor | None) -> WeightChange:

@@ -16,7 +16,7 @@ from dora_lightning.adapters.analysis import row_blocks
 from dora_lightning.adapters.operators import operator_of
 
 # elements that are read at a time: what was read before goes with the closed file
-_PIECE = 2**24
+_PIECE = 2**22
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 

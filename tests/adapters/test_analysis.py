@@ -96,16 +96,19 @@ def test_of_a_quantised_base_the_weight_that_is_computed_with_counts(method: str
     assert layer_change(layer) == pytest.approx(by_the_book(weight, new.detach()), rel=1e-6, abs=1e-30)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("axis", ["out", "in"])
 def test_two_weights_larger_than_a_block(dtype: torch.dtype, axis: str) -> None:
     torch.manual_seed(0)
     before = torch.randn(300, 4100).to(dtype)
     after = (before.float() * (1 + 1e-2 * torch.randn_like(before, dtype=torch.float32))).to(dtype)
     expected = by_the_book(before, after, axis)
+    copies = before.clone(), after.clone()
     assert weight_change(before, after, axis) == pytest.approx(expected, rel=1e-9)
     stored = weight_change(before.T.contiguous(), after.T.contiguous(), axis, transposed=True)
     assert stored == pytest.approx(expected, rel=1e-9)
+    assert torch.equal(before, copies[0])
+    assert torch.equal(after, copies[1])
 
 
 def test_an_adapter_and_its_merged_weight_agree() -> None:
