@@ -47,12 +47,12 @@ def normalize_answer(text: str, variant: str = "official") -> str:
     r"""``text`` in the form in which answers are compared.
 
     Variants:
-        ``official``: punctuation, then number words, articles and contractions, as ``vqaEval.py`` of the VQA challenge
+        official: punctuation, then number words, articles and contractions, as ``vqaEval.py`` of the VQA challenge
             (GT-Vision-Lab/VQA) does.
-        ``m4c``: the ``EvalAIAnswerProcessor`` of M4C that LLaVA scores TextVQA and writes VQAv2 and VizWiz submissions
+        m4c: the ``EvalAIAnswerProcessor`` of M4C that LLaVA scores TextVQA and writes VQAv2 and VizWiz submissions
             with: lower-cased without commas and question marks, ``'s`` as a word of its own, then the same steps.
-        ``lmms``: the two steps of that processor without what it does first, as lmms-eval does for VQAv2.
-        ``vl_t5_reference``: punctuation only, as VL-T5 does with people's answers.
+        lmms: the two steps of that processor without what it does first, as lmms-eval does for VQAv2.
+        vl_t5_reference: punctuation only, as VL-T5 does with people's answers.
 
     Raises:
         ValueError: an unknown variant.

@@ -19,9 +19,9 @@ def exact_match(predictions: Sequence[str], references: Sequence[str], variant: 
     """1.0 where a prediction is the one right answer, else 0.0: [samples].
 
     Variants:
-        ``gqa``: the prediction lower-cased without periods at its end, as LLaVA writes it for GQA's own ``eval.py``,
+        gqa: the prediction lower-cased without periods at its end, as LLaVA writes it for GQA's own ``eval.py``,
             which asks for equality.
-        ``lmms_gqa``: both lower-cased and without any punctuation, as lmms-eval compares them.
+        lmms_gqa: both lower-cased and without any punctuation, as lmms-eval compares them.
 
     Raises:
         ValueError: an unknown variant, not one answer per prediction, or an answer that is not a text.
