@@ -57,10 +57,18 @@ def other_packages() -> str:
     return "\n".join(entries)
 
 
+def other_guides() -> str:
+    """The guides that ``index.md`` does not name."""
+    named = (API.parent / "index.md").read_text(encoding="utf-8")
+    pages = sorted(f"guides/{page.stem}" for page in (API.parent / "guides").glob("*.md"))
+    return "\n".join(page for page in pages if f"{page}\n" not in named)
+
+
 def fill_in(app: Sphinx, page: str, source: list[str]) -> None:
     """Put what is read from elsewhere into the pages that ask for it."""
-    for mark, text in (("<!-- README -->", readme_beginning), ("<!-- other packages -->", other_packages)):
-        if mark in source[0]:
+    parts = {"README": readme_beginning, "other packages": other_packages, "other guides": other_guides}
+    for name, text in parts.items():
+        if (mark := f"<!-- {name} -->") in source[0]:
             source[0] = source[0].replace(mark, text())
 
 
