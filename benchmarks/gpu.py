@@ -37,6 +37,7 @@ from measuring import peak_bytes, run_in_turns
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from dora_lightning.adapters import AdapterConfig, functional, inject_adapters
 from dora_lightning.backbones.causal_lm import enable_recomputation, supervised_loss
@@ -127,6 +128,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "peak_gib": peak / 2**30,
         "weights_gib": weights / 2**30,
         "trainable": sum(parameter.numel() for parameter in trainable),
+        # 0 and 0 where nothing is compiled
+        "graphs": counters["stats"]["unique_graphs"],
+        "graph_breaks": sum(counters["graph_break"].values()),
         "model_operations": model_operations,
         "operations_with_recomputation": all_operations,
     }
@@ -267,7 +271,7 @@ def seconds_of(run: Callable[[], Any], device: str) -> float:
 
 
 def show(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
-    console = Console(width=150)
+    console = Console(width=170)
     device = results[DEVICE]
     if "error" in device:
         console.print(f"the device's rates are not known: {device['error']}")
@@ -297,7 +301,14 @@ def steps_table(
     """Roofline: the operations, the time they take at the measured product's rate, and the time that they took."""
     table = Table(title=f"{model}, activations {recompute}")
     columns = ("variant", "ms", "/ base", "TFLOP (+ recomputed)", "at the product's rate, ms", "MFU, published")
-    for name in (*columns, "MFU, product", "all operations", "peak GiB over weights", "first step, s"):
+    for name in (
+        *columns,
+        "MFU, product",
+        "all operations",
+        "peak GiB over weights",
+        "first step, s",
+        "graphs (breaks)",
+    ):
         table.add_column(name, justify="left" if name == "variant" else "right")
     base = results.get(f"{model}/{recompute}/base", {}).get("step_ms")
     for run, result in results.items():
@@ -320,6 +331,7 @@ def steps_table(
             f"{everything / seconds / rate:.1%}",
             f"{result['peak_gib']:.3g}",
             f"{result['first_step_s']:.3g}",
+            f"{result['graphs']} ({result['graph_breaks']})" if result["graphs"] else "-",
         )
     return table
 
