@@ -282,7 +282,7 @@ def show(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> Non
         f"{device['name']}, torch {device['torch']}: bf16 product {rate / 1e12:.4g} TFLOP/s (published peak: "
         f"{published}), copy {device['copy_bytes_per_s'] / 1e9:.4g} GB/s read and written"
     )
-    table = Table(title="passes over [tokens, out]")
+    table = Table(title="passes over matrices of tokens x out")
     for name in ("model", "pass", "tokens x out", "GB/s", "of a copy"):
         table.add_column(name)
     for item in device["passes"]:
