@@ -48,7 +48,8 @@ def parse_cells(
                         config = parser.parse_args(["fit", *arguments]).fit
                         check_adapter(config)
                     except (ArgumentError, ValueError) as error:
-                        raise ValueError(f"cell {cell.number} ({cell.name}): {error}") from error
+                        # not from it: the command would show the cause alone, which does not name the cell
+                        raise ValueError(f"cell {cell.number} ({cell.name}): {_innermost(error)}") from None
                     seen(cell, config)
             raise _Parsed
 
@@ -56,6 +57,13 @@ def parse_cells(
         Reader([], run=True)
     except _Parsed:
         return
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What went wrong with an option, without all the types that it could have had."""
+    while error.__cause__ is not None and "Union subtypes" in str(error):
+        error = error.__cause__
+    return error
 
 
 def check_adapter(config: Namespace) -> None:
