@@ -46,6 +46,10 @@ class NormCache:
             large: tensors that are only watched (base weights, frozen).
             small: tensors that are also compared by content on a CPU (the adapter's own).
         """
+        if torch.compiler.is_compiling():
+            # what is watched (identity, memory, versions) is not in a graph: it computes the norm whenever it runs
+            with torch.no_grad():
+                return compute()
         tensors = [*large, *small]
         steps = _optimizer_steps if any(tensor.requires_grad for tensor in tensors) else None
         key = (steps, *(_state(tensor) for tensor in tensors))

@@ -202,6 +202,8 @@ class _ProductsWithRows(torch.autograd.Function):
 
 def _kind(weight: Any) -> str:
     """``4bit``, ``8bit``, ``torchao``, or nothing; quantised by now, not upon its way to a device."""
+    if type(weight) in (nn.Parameter, Tensor):
+        return ""  # torch.compile cannot go through the classes below
     for kind in type(weight).__mro__:
         if kind.__name__ == "Params4bit":
             return "4bit" if getattr(weight, "quant_state", None) is not None else ""

@@ -327,6 +327,9 @@ def enable_recomputation(model: PreTrainedModel) -> None:
     # the name changed within transformers 5
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    # newer releases have the embedding's output require a gradient, which reentrant recomputation needs: blocks below
+    # the first adapter would be computed again and have a backward pass, for a gradient that nobody reads
+    model.disable_input_require_grads()
 
 
 def check_plain_logits(model: PreTrainedModel) -> None:

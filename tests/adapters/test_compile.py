@@ -21,8 +21,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dvora": {"method": "dvora", "rank": 4},
     "magnitude": {"method": "magnitude"},
 }
-ONE_GRAPH = {"lora"}
-"""Those whose forward pass is one graph: norms are looked up outside of it, and VeRA's pair is drawn at first."""
+ONE_GRAPH = set(CASES) - {"vera"}
+"""Those whose forward pass is one graph; VeRA's pair is drawn in the first pass, outside of it."""
 
 SCRIPT = """
 import copy, json, sys, traceback
