@@ -106,6 +106,7 @@ def same_tensors(base: Any) -> Any:
 
 
 def with_adapters(base: Any, method: str, rank: int) -> Any:
+    torch.manual_seed(0)
     model = inject_adapters(same_tensors(base), AdapterConfig(method, rank, float(rank), target_modules=TARGETS))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
