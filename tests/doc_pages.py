@@ -54,7 +54,7 @@ def page_commands(page: Path) -> list[list[str]]:
     for match in re.finditer(
         r"^```bash\n(.*?)^```|(?<!`)`((?:\.\.\. --|dora-lightning )[^`]+)`", text, re.DOTALL | re.M
     ):
-        code = match[1] or re.sub(r"^\.\.\. ", "dora-lightning fit ", match[2])
+        code = match[1] or re.sub(r"^\.\.\. ", "dora-lightning fit ", match[2]).replace("\n", " ")
         found += commands_of(code)
     return found
 
