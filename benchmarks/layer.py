@@ -5,7 +5,8 @@
 A shape is tokens x in x out. The variants take turns in each round, in an order that rotates, and ratios are of times
 of the same round, so that a slow moment of the machine hits all of them. Before each step ``lora_B`` is written in
 place, as an optimiser would: DoRA pays for its norm in every step. Memory is of one step: ``kept`` is what autograd
-holds between forward and backward, ``peak`` the most that is allocated at once, both without parameters.
+holds between forward and backward, ``peak`` the most that is allocated at once, both without parameters. Our layers
+keep their output, as in a LLaMA (``reuse_output``); ``ours DoRA, own z`` keeps the product, as elsewhere.
 
 torchtune's DoRA takes part where it can be imported. torchtune 0.6.1, its last release, needs
 ``torchao.dtypes.nf4tensor``, which torchao 0.18 no longer has; beside it, it runs with the torch of today::
@@ -38,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from dora_lightning.adapters import AdapterConfig, inject_adapters
+from dora_lightning.adapters import AdapterConfig, adapter_layers, inject_adapters
 
 SHAPES = ("256x1024x1024", "2048x1024x1024", "2048x576x1536", "2048x4096x4096", "4096x2048x5504")
 RATIOS = (
@@ -48,6 +49,7 @@ RATIOS = (
     ("PEFT DoRA", "PEFT LoRA"),
     ("ours DoRA, exact", "PEFT DoRA"),
     ("ours DoRA", "torchtune DoRA"),
+    ("ours DoRA, own z", "ours LoRA"),
 )
 
 
@@ -107,6 +109,7 @@ def measure(shape: str, device: str, options: argparse.Namespace) -> Result:
     layers = {
         "ours LoRA": ours(wrap(base), "lora", rank, dropout=dropout),
         "ours DoRA": ours(wrap(base), "dora", rank, dropout=dropout),
+        "ours DoRA, own z": ours(wrap(base), "dora", rank, reuse=False, dropout=dropout),
         "PEFT LoRA": of_peft(wrap(base), False, rank, dropout=dropout),
         "PEFT DoRA": of_peft(wrap(base), True, rank, dropout=dropout),
     }
@@ -156,8 +159,17 @@ def paired_ratios(a: list[float], b: list[float]) -> tuple[float, float, float]:
     return low, mid, high
 
 
-def ours(model: nn.Module, method: str, rank: int, targets: Sequence[str] = ("layer",), **options: Any) -> nn.Module:
+def ours(
+    model: nn.Module,
+    method: str,
+    rank: int,
+    targets: Sequence[str] = ("layer",),
+    reuse: bool = True,
+    **options: Any,
+) -> nn.Module:
     inject_adapters(model, AdapterConfig(method=method, rank=rank, target_modules=list(targets), **options))
+    for _, layer in adapter_layers(model):
+        layer.reuse_output = reuse
     perturb(model)
     return model
 
