@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
-from studies import open_study, write_study
+from studies import open_study, pretend, write_study
 from tiny import RunCLI, save_llama
 
 from dora_lightning.comparing import running
@@ -109,14 +109,17 @@ def found(tmp_path_factory: pytest.TempPathFactory, commonsense_folder: Path) ->
         "configs": ["base.yaml"],
         "axes": {
             "case": {
-                "short": {"seed_everything": 1},
-                "broken": {"data.init_args.val_size": 1000},
+                "done": {"seed_everything": 1},
                 "long": {"trainer.max_steps": STEPS, "seed_everything": 2},
+                "broken": {"data.init_args.val_size": 1000},
             }
         },
         "metrics": {"val/loss": "lower"},
     }
     (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        pretend(open_study(Path("study.yaml"))[1][0], {"val/loss": 1.25})
     process = compare(folder)
     last = folder / "runs/long/version_0/checkpoints/last.ckpt"
     wait_for(last, process)
@@ -127,23 +130,23 @@ def found(tmp_path_factory: pytest.TempPathFactory, commonsense_folder: Path) ->
         folders = open_study(Path("study.yaml"))[1]
         orphaned = [cell.state for cell in folders]
         os.kill(json.loads((folder / "runs/long/lock").read_text())["pid"], signal.SIGKILL)
-        while folders[2].lock.holder():
+        while folders[1].lock.holder():
             time.sleep(0.05)
         between = [cell.state for cell in folders]
-    finished_at = (folder / "runs/short/version_0/result.json").stat().st_mtime
+    finished_at = (folder / "runs/done/version_0/result.json").stat().st_mtime
     steps_kept = max(step for step, _ in read_curve(folder / "runs/long/version_0", "train/loss"))
     code, out, _ = finish(compare(folder))
     return Found(folder, orphaned, between, finished_at, steps_kept, code, out)
 
 
 def test_a_run_that_outlives_the_command_is_known_to_be_at_it(found: Found) -> None:
-    assert found.states_after_kill == ["done", "failed", "running"]
-    assert found.states_in_between == ["done", "failed", "interrupted"]
+    assert found.states_after_kill == ["done", "running", "waiting"]
+    assert found.states_in_between == ["done", "interrupted", "waiting"]
 
 
 def test_the_interrupted_cell_goes_on_and_finished_ones_are_left_alone(found: Found) -> None:
     runs = found.folder / "runs"
-    assert (runs / "short/version_0/result.json").stat().st_mtime == found.finished_at
+    assert (runs / "done/version_0/result.json").stat().st_mtime == found.finished_at
     assert [path.name for path in (runs / "long").glob("version_*")] == ["version_0"]
     assert json.loads((runs / "long/version_0/result.json").read_text())["steps"] == STEPS
     assert found.steps_kept < STEPS - 1  # it was killed on the way
@@ -152,15 +155,15 @@ def test_the_interrupted_cell_goes_on_and_finished_ones_are_left_alone(found: Fo
     second = read_curve_file(runs / "long/version_0/metrics_1/metrics.csv")
     assert 20 <= min(second) <= found.steps_kept + 1  # not from the beginning
     assert "Resuming the interrupted run" in (runs / "long/log.txt").read_text()
-    assert "[3/3] long: goes on" in found.out
-    assert "short" not in found.out
+    assert "[2/3] long: goes on" in found.out
+    assert "[1/3]" not in found.out
 
 
 def test_a_failing_cell_is_reported_and_the_rest_finish(found: Found) -> None:
     assert found.code == 1
-    assert "[2/3] broken: failed (exit code 1)" in found.out
+    assert "[3/3] broken: failed (exit code 1)" in found.out
     assert "log runs/broken/log.txt" in found.out
-    assert "val_size" in found.out.partition("broken: failed")[2].partition("[3/3]")[0]
+    assert "val_size" in found.out.partition("broken: failed")[2].partition("Report:")[0]
     report = (found.folder / "runs/report.md").read_text()
     assert "2 of 3 cells are done" in report
     assert "`broken`: failed (exit code 1)" in report
@@ -169,12 +172,13 @@ def test_a_failing_cell_is_reported_and_the_rest_finish(found: Found) -> None:
 def test_what_the_runs_measured_is_in_the_results(found: Found) -> None:
     lines = (found.folder / "runs/results.csv").read_text().splitlines()
     rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
-    result = json.loads((found.folder / "runs/short/version_0/result.json").read_text())
-    assert float(rows[0]["val/loss"]) == result["after"]["val/loss"]
+    result = json.loads((found.folder / "runs/long/version_0/result.json").read_text())
+    assert float(rows[1]["val/loss"]) == result["after"]["val/loss"]
     # A [4, 32] and B [32, 4] and m [32] of q_proj in two layers
-    assert int(rows[0]["trainable"]) == 2 * (4 * 32 + 32 * 4 + 32)
-    assert 0 < float(rows[0]["seconds"]) < float(rows[0]["wall_seconds"])
-    assert int(rows[0]["peak_memory_bytes"]) > 2**26
+    assert int(rows[1]["trainable"]) == 2 * (4 * 32 + 32 * 4 + 32)
+    assert float(rows[1]["seconds"]) > 0
+    assert float(rows[1]["wall_seconds"]) > 0
+    assert int(rows[1]["peak_memory_bytes"]) > 2**26
 
 
 def test_one_cell_alone_and_a_wrong_one(
@@ -184,7 +188,7 @@ def test_one_cell_alone_and_a_wrong_one(
     run_cli("compare", "study.yaml", "--cell", "long")
     assert "3 cells in runs, 2 done, 0 to run" in capsys.readouterr().out
     run_cli("compare", "study.yaml", "--list")
-    assert re.search(r"1 │ broken +│ broken │ failed", capsys.readouterr().out)
+    assert re.search(r"2 │ broken +│ broken │ failed", capsys.readouterr().out)
     with pytest.raises(SystemExit) as caught:
         run_cli("compare", "study.yaml", "--cell", "7")
     assert "--cell 7: the study has cells 0 to 2" in str(caught.value)
