@@ -118,9 +118,9 @@ def test_a_run_that_goes_on_writes_each_step_once(elsewhere: bool, make_trainer:
 
     from dora_lightning.callbacks import WeightDecomposition
 
-    def fit(folder: Path, *callbacks: Callback, **options: Any) -> list[dict[str, Any]]:
+    def fit(folder: Path, *callbacks: Callback, every: int = 3, **options: Any) -> list[dict[str, Any]]:
         trainer = make_trainer(
-            max_epochs=4, callbacks=[WeightDecomposition(every_n_steps=3), *callbacks], default_root_dir=folder
+            max_epochs=4, callbacks=[WeightDecomposition(every_n_steps=every), *callbacks], default_root_dir=folder
         )
         trainer.fit(Plain(), make_loader(), **options)
         return rows(folder)
@@ -141,6 +141,14 @@ def test_a_run_that_goes_on_writes_each_step_once(elsewhere: bool, make_trainer:
         (first / "start_weights.safetensors").unlink()
         with pytest.raises(ValueError, match=r"kept where its weights started in .*first/start_weights.*, now gone"):
             fit(tmp_path / "third", ckpt_path=checkpoint, weights_only=True)
+    else:
+        # rows of the lost steps go, even where nothing takes their place
+        assert [row["step"] for row in fit(first, every=4, ckpt_path=checkpoint, weights_only=True)[::3]] == [
+            3,
+            6,
+            12,
+            16,
+        ]
     # a new run in the same folder begins anew
     assert fit(second) == expected
 
