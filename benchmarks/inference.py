@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dora_lightning import AdapterConfig, inject_adapters, merge_adapters, save_peft_adapter
+from dora_lightning.adapters import weights_kept
 from dora_lightning.pretrained import load_causal_lm
 
 VARIANTS = ("base", "ours LoRA", "ours DoRA", "ours merged", "PEFT LoRA", "PEFT DoRA")
@@ -179,8 +180,9 @@ def make_run(kind: str, size: int, model: Any, models: dict[str, Any]) -> Callab
         # each run starts from the same cache, which grows by new tensors and leaves the first ones as they are
         grown = copy.copy(cache)
         grown.layers = [copy.copy(layer) for layer in cache.layers]
-        for _ in range(PASSES):
-            model(input_ids=token, **{keyword(model): grown}, use_cache=True)
+        with weights_kept():  # as generation does
+            for _ in range(PASSES):
+                model(input_ids=token, **{keyword(model): grown}, use_cache=True)
 
     return decode
 

@@ -10,6 +10,7 @@ from dora_lightning.adapters.inject import (
 )
 from dora_lightning.adapters.layers import AdapterLayer, DoRALinear, LoRALinear, MagnitudeLinear
 from dora_lightning.adapters.merge import adapters_disabled, merge_adapters, unmerge_adapters
+from dora_lightning.adapters.norm_cache import weights_kept
 from dora_lightning.adapters.peft_reading import load_peft_adapter
 from dora_lightning.adapters.peft_writing import save_peft_adapter
 from dora_lightning.adapters.summary import AdapterSummary, parameter_group, summarize_adapters
@@ -36,4 +37,5 @@ __all__ = [
     "save_peft_adapter",
     "summarize_adapters",
     "unmerge_adapters",
+    "weights_kept",
 ]

@@ -286,6 +286,7 @@ class DoRALinear(LoRALinear):
         self.norm_axis = config.norm_axis
         self._base_norm_sq = NormCache()
         self._norm = NormCache()
+        self._gain = NormCache()
         self.magnitude = _empty_magnitude(self, config)
         self.reset_magnitude()
 
@@ -304,6 +305,16 @@ class DoRALinear(LoRALinear):
         if not self.detach_norm and torch.is_grad_enabled():
             return self._compute_norm()
         return self._norm.get(self._compute_norm, large=self.operator.watched(self.base_layer), small=self._watched())
+
+    def gain(self) -> Tensor:
+        """``magnitude / norm()``; without gradients kept as the norm is."""
+        if torch.is_grad_enabled():
+            return functional.gain(self.magnitude, self.norm())
+        return self._gain.get(
+            lambda: functional.gain(self.magnitude, self.norm()),
+            large=self.operator.watched(self.base_layer),
+            small=[*self._watched(), self.magnitude],
+        )
 
     def merged_weight(self) -> Tensor:
         """``g (W + s B A)``."""
@@ -335,7 +346,7 @@ class DoRALinear(LoRALinear):
         return functional.adapted_norm_from_product(cross, A, B, self.scaling, base)
 
     def _adapted(self, x: Tensor) -> Tensor:
-        gain = functional.gain(self.magnitude, self.norm())
+        gain = self.gain()
         if self.norm_axis == "in":
             x = _scaled_input(x, gain)
             return self._outputs(x, self.bias, None, self._dropped(x))

@@ -11,7 +11,9 @@ tensors are also compared with a copy, which sees edits through ``.data``.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -30,6 +32,22 @@ def _count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+_promise: ContextVar[object | None] = ContextVar("promise", default=None)
+
+
+@contextmanager
+def weights_kept() -> Iterator[None]:
+    """Promise that nothing a norm depends on changes within: each is looked at once, and then taken as it is.
+
+    For generation, which calls a layer for every token: looking at a norm costs as much as a small layer.
+    """
+    token = _promise.set(_promise.get() or object())
+    try:
+        yield
+    finally:
+        _promise.reset(token)
+
+
 class NormCache:
     """Holds one tensor and the state of the tensors it was computed from."""
 
@@ -37,6 +55,7 @@ class NormCache:
         self._key: tuple[Any, ...] | None = None
         self._copies: list[Tensor] = []
         self._value: Tensor | None = None
+        self._promise: object | None = None
 
     def get(self, compute: Callable[[], Tensor], large: list[Tensor], small: list[Tensor]) -> Tensor:
         """The value of ``compute()``, kept as long as the tensors it reads are the same.
@@ -50,21 +69,25 @@ class NormCache:
             # what is watched (identity, memory, versions) is not in a graph: it computes the norm whenever it runs
             with torch.no_grad():
                 return compute()
+        promise = _promise.get()
+        if promise is not None and promise is self._promise and self._value is not None:
+            return self._value
         tensors = [*large, *small]
         steps = _optimizer_steps if any(tensor.requires_grad for tensor in tensors) else None
         key = (steps, *(_state(tensor) for tensor in tensors))
         if self._value is not None and key == self._key and self._unchanged(small):
+            self._promise = promise
             return self._value
         # never an inference tensor: what validation computes, training must be able to use
         with torch.inference_mode(False), torch.no_grad():
             self._value = compute()
             self._copies = [tensor.detach().clone() for tensor in small if tensor.device.type == "cpu"]
-        self._key = key
+        self._key, self._promise = key, promise
         return self._value
 
     def clear(self) -> None:
         """Forget the value."""
-        self._key, self._copies, self._value = None, [], None
+        self._key, self._copies, self._value, self._promise = None, [], None, None
 
     def __reduce__(self) -> tuple[type[NormCache], tuple[()]]:
         """A copy, by ``copy`` or ``pickle``, starts empty: its tensors are others."""

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+from dora_lightning.adapters import weights_kept
 from dora_lightning.backbones.prompt_cache import PromptCache, common_start, read_prompts, shared_start
 from dora_lightning.backbones.token_losses import token_losses
 from dora_lightning.data import IGNORE
@@ -106,6 +107,7 @@ def _supervised_losses(
 
 
 @torch.no_grad()
+@weights_kept()
 def option_log_likelihoods(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -165,6 +167,7 @@ def option_log_likelihoods(
 
 
 @torch.no_grad()
+@weights_kept()
 def generate_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

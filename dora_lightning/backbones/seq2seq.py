@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
+from dora_lightning.adapters import weights_kept
 from dora_lightning.data import IGNORE
 from dora_lightning.vl_bart.model import VLBart
 
@@ -49,6 +50,7 @@ def target_loss(
 
 
 @torch.no_grad()
+@weights_kept()
 def target_log_likelihoods(
     model: VLBart, tokenizer: PreTrainedTokenizerBase, hidden: Tensor, mask: Tensor, options: Sequence[Sequence[str]]
 ) -> list[Tensor]:
@@ -85,6 +87,7 @@ def target_log_likelihoods(
 
 
 @torch.no_grad()
+@weights_kept()
 def generate_targets(
     model: VLBart, tokenizer: PreTrainedTokenizerBase, hidden: Tensor, mask: Tensor, **options: Any
 ) -> list[str]:

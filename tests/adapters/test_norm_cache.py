@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dora_lightning.adapters import DoRALinear, functional
-from dora_lightning.adapters.norm_cache import NormCache
+from dora_lightning.adapters.norm_cache import NormCache, weights_kept
 from tests.adapters.perturbed import adapted, assert_close
 
 
@@ -192,3 +192,54 @@ def test_clear() -> None:
     assert cache.get(lambda: next(values), large=[weight], small=[]) == 1
     cache.clear()
     assert cache.get(lambda: next(values), large=[weight], small=[]) == 0
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda layer: layer.magnitude.mul_(2),
+        lambda layer: layer.magnitude.data.add_(1),
+        lambda layer: layer.lora_B.data.add_(0.3),
+    ],
+)
+def test_outputs_without_gradients_are_fresh_too(layer: DoRALinear, edit: Callable[[DoRALinear], object]) -> None:
+    x = torch.randn(2, 12)
+    with torch.no_grad():
+        before = layer(x)
+        edit(layer)
+        after = layer(x)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, layer(x).detach())
+
+
+def test_kept_weights_are_looked_at_once_in_each_promise(layer: DoRALinear, norms: list[int]) -> None:
+    with torch.no_grad():
+        with weights_kept():
+            first = layer.norm()
+            layer.lora_B.add_(0.3)  # what was promised not to happen
+            with weights_kept():
+                assert layer.norm() is first
+        second = layer.norm()
+        assert not torch.equal(second, first)
+        with weights_kept():
+            assert layer.norm() is second
+            layer.lora_A.add_(0.3)
+        with weights_kept():
+            assert not torch.equal(layer.norm(), second)
+    assert len(norms) == 2
+
+
+def test_an_error_leaves_no_stale_norm() -> None:
+    cache, weight = NormCache(), torch.ones(2)
+
+    def fail() -> torch.Tensor:
+        raise RuntimeError
+
+    with weights_kept():
+        assert cache.get(lambda: torch.ones(1), large=[weight], small=[]) == 1
+    with torch.no_grad():
+        weight.add_(1)
+    with weights_kept():
+        with pytest.raises(RuntimeError):
+            cache.get(fail, large=[weight], small=[])
+        assert cache.get(lambda: torch.zeros(1), large=[weight], small=[]) == 0
