@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_lightning.comparing.results import Group, Score, read_curve, title_parts
+from dora_lightning.comparing.results import Group, Score, title_parts
 from dora_lightning.comparing.study import Axis, Metric, Study
 from dora_lightning.plots import COLORS, MARKERS, new_figure, save_figure
+from dora_lightning.training.run_curves import logged_parts, read_curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,8 +119,9 @@ def _losses(study: Study, groups: Sequence[Group]) -> Figure | None:
     split = study.axes[0].name if len(study.axes) > 1 else None
     shown: dict[str, list[tuple[str, Curve, Curve]]] = {}
     for group in groups:
-        train = _smooth(_mean_curve([read_curve(result.run, "train/loss") for result in group.results]))
-        held_out = _mean_curve([read_curve(result.run, "val/loss") for result in group.results])
+        curves_of = [read_curves(logged_parts(result.run)) for result in group.results]
+        train = _smooth(_mean_curve([list(curves.get("train/loss", {}).items()) for curves in curves_of]))
+        held_out = _mean_curve([list(curves.get("val/loss", {}).items()) for curves in curves_of])
         if train:
             name = (group.labels[split] or "-") if split else ""
             title = ", ".join(title_parts(group.labels, without=[split] if split else [])) or name or group.title

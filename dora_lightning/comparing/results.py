@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import statistics
@@ -145,18 +144,6 @@ def within_spread(score: Score, best: Score) -> bool:
     """
     deviations = [deviation for deviation in (score.deviation, best.deviation) if deviation is not None]
     return bool(deviations) and abs(best.mean - score.mean) <= max(deviations)
-
-
-def read_curve(run: Path, name: str) -> list[tuple[int, float]]:
-    """What a run logged under a name: steps and values, over the parts of a run that was resumed."""
-    found: dict[int, float] = {}
-    tables = run.glob("metrics_*/metrics.csv")
-    for table in sorted(tables, key=lambda path: int(path.parent.name.rpartition("_")[2])):
-        with table.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if row.get(name):
-                    found[int(row["step"])] = float(row[name])
-    return sorted(found.items())
 
 
 def _is_bare(label: str) -> bool:

@@ -31,7 +31,7 @@ def draw_run(run: Path, folder: Path, logged: Sequence[Path]) -> list[Path]:
     Returns:
         The files.
     """
-    parts = sorted(run.glob(f"metrics_*/{_METRICS}"), key=lambda path: (len(path.parent.name), path.parent.name))
+    parts = logged_parts(run)
     known = {path.resolve() for path in parts}
     parts += [path for path in (place / _METRICS for place in logged) if path.resolve() not in known]
     curves = read_curves(parts)
@@ -45,6 +45,11 @@ def draw_run(run: Path, folder: Path, logged: Sequence[Path]) -> list[Path]:
     if rates:
         drawn.append(_draw_rates(rates, folder / "learning_rates.png"))
     return drawn
+
+
+def logged_parts(run: Path) -> list[Path]:
+    """Files of the CSVLoggers of all parts of a run, in their order."""
+    return sorted(run.glob(f"metrics_*/{_METRICS}"), key=lambda path: (len(path.parent.name), path.parent.name))
 
 
 def read_curves(parts: Sequence[Path]) -> Curves:

@@ -9,7 +9,7 @@ from PIL import Image
 from studies import open_study, pretend, write_study
 
 from dora_lightning.comparing.report import write_report
-from dora_lightning.comparing.results import read_curve
+from dora_lightning.training.run_curves import logged_parts, read_curves
 
 GROUPS = ("dora-rank4", "dora-rank8", "lora-rank4", "lora-rank8", "full")
 # accuracy of each seed: the best, one that is within its spread, others that are not
@@ -137,7 +137,7 @@ def test_a_curve_goes_on_in_the_file_of_the_resumed_part(tmp_path: Path) -> None
         table = tmp_path / f"metrics_{part}" / "metrics.csv"
         table.parent.mkdir()
         table.write_text("\n".join(["step,train/loss", *rows]))
-    assert read_curve(tmp_path, "train/loss") == [(0, 5.0), (1, 4.0), (2, 3.0), (3, 2.0)]
+    assert read_curves(logged_parts(tmp_path)) == {"train/loss": {0: 5.0, 1: 4.0, 2: 3.0, 3: 2.0}}
 
 
 def test_a_metric_that_no_run_has_is_an_error_that_names_those_it_has(

@@ -21,7 +21,7 @@ from tiny import RunCLI, save_llama
 
 from dora_lightning.comparing import running
 from dora_lightning.comparing.locks import FolderLock
-from dora_lightning.comparing.results import read_curve
+from dora_lightning.training.run_curves import logged_parts, read_curves
 
 ROOT = Path(__file__).parents[2]
 STEPS = 150
@@ -134,7 +134,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, commonsense_folder: Path) ->
             time.sleep(0.05)
         between = [cell.state for cell in folders]
     finished_at = (folder / "runs/done/version_0/result.json").stat().st_mtime
-    steps_kept = max(step for step, _ in read_curve(folder / "runs/long/version_0", "train/loss"))
+    steps_kept = max(read_curves(logged_parts(folder / "runs/long/version_0"))["train/loss"])
     code, out, _ = finish(compare(folder))
     return Found(folder, orphaned, between, finished_at, steps_kept, code, out)
 
@@ -150,8 +150,8 @@ def test_the_interrupted_cell_goes_on_and_finished_ones_are_left_alone(found: Fo
     assert [path.name for path in (runs / "long").glob("version_*")] == ["version_0"]
     assert json.loads((runs / "long/version_0/result.json").read_text())["steps"] == STEPS
     assert found.steps_kept < STEPS - 1  # it was killed on the way
-    curve = read_curve(runs / "long/version_0", "train/loss")
-    assert [step for step, _ in curve] == list(range(STEPS))
+    curve = read_curves(logged_parts(runs / "long/version_0"))["train/loss"]
+    assert list(curve) == list(range(STEPS))
     second = read_curve_file(runs / "long/version_0/metrics_1/metrics.csv")
     assert 20 <= min(second) <= found.steps_kept + 1  # not from the beginning
     assert "Resuming the interrupted run" in (runs / "long/log.txt").read_text()
