@@ -46,7 +46,7 @@ TRAINER_VERBS = {
     "test": "evaluate on the test data: ... test --config run/config.yaml --ckpt_path run/checkpoints/last.ckpt",
     "predict": "generate an answer for each test sample",
     "plan": "memory and speed to expect of fit, without running it: ... plan --config ... --gpus 8 --memory 80",
-    "compare": "run a grid of fits, and report tables and plots: ... compare configs/studies/smollm2-rank.yaml",
+    "compare": "run a grid of fits, and report tables and plots: ... compare configs/studies/smollm2-samples.yaml",
 }
 OFFLINE_VERBS: dict[str, Callable[..., Any]] = {
     "merge": merge,

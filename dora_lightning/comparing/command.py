@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "Run it again after an interruption, and it goes on where it stopped.",
         allow_abbrev=False,
     )
-    parser.add_argument("study", type=Path, help="study file, such as configs/studies/smollm2-rank.yaml")
+    parser.add_argument("study", type=Path, help="study file, such as configs/studies/smollm2-samples.yaml")
     parser.add_argument("--jobs", type=int, metavar="N", help="cells side by side (default: 1, or one per device)")
     parser.add_argument("--devices", metavar="0,1,...", help="CUDA devices; each job has one of them to itself")
     parser.add_argument("--cell", metavar="K", help="one cell only, by its number in --list (from 0) or its name")
