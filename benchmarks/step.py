@@ -1,6 +1,6 @@
 """The whole training step: our run against Hugging Face Trainer with PEFT, on the same samples in the same order.
 
-    python benchmarks/step.py [--model MODEL | --llama WIDTHxBLOCKS] [--data FOLDER] [--steps 6] [--repeats 3] [--json F]
+    python benchmarks/step.py [--model MODEL | --llama WIDTHxBLOCKS] [--data FOLDER] [--steps 6] [--repeats 3]
 
 Both fine-tune the model with adapters on LLM-Adapters' commonsense rows (FOLDER holds one folder of ``train.json`` for
 each data set), the prompt masked, fp32, AdamW, the same samples in each batch, padded to the longest. "packed" is ours
