@@ -6,6 +6,7 @@ matplotlib is an optional extra (``plots``) and is imported when the first figur
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -38,6 +39,8 @@ _STYLE: Any = {
     "legend.frameon": False,
 }
 
+_LETTERS_PER_INCH = 10  # of a title
+
 
 def can_plot() -> bool:
     """Whether matplotlib is there: reports that plot where they can ask first."""
@@ -59,7 +62,7 @@ def new_figure(
         panels: how many axes.
         columns: most of them in a row.
         size: width and height of one, in inches.
-        title: above all of them.
+        title: above all of them, in as many lines as it takes.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -72,9 +75,10 @@ def new_figure(
     columns = min(columns, panels)
     rows = math.ceil(panels / columns)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(size[0] * columns, size[1] * rows + (0.3 if title else 0)), layout="constrained")
-        if title:
-            figure.suptitle(title)
+        lines = textwrap.wrap(title, max(20, int(_LETTERS_PER_INCH * size[0] * columns)))
+        figure = Figure(figsize=(size[0] * columns, size[1] * rows + 0.25 * len(lines)), layout="constrained")
+        if lines:
+            figure.suptitle("\n".join(lines))
         return figure, [figure.add_subplot(rows, columns, place + 1) for place in range(panels)]
 
 

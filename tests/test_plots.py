@@ -27,3 +27,11 @@ def test_an_unknown_format_is_named_and_leaves_nothing_behind(tmp_path: Path) ->
     with pytest.raises(ValueError, match="nonsense"):
         save_figure(figure, tmp_path / "figure.nonsense")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_long_title_stays_within_the_figure(tmp_path: Path) -> None:
+    figure, _ = new_figure(title="A title of so many words that one line of a figure of this size cannot hold them all")
+    save_figure(figure, tmp_path / "long.png")
+    box = figure.texts[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
