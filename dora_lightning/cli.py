@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 
@@ -192,6 +193,9 @@ class DoRACLI(LightningCLI):
         folder = self._run_folder()
         if self.trainer.interrupted:
             return
+        if not self.trainer.callback_metrics and self._validates():
+            # the run was stopped between its last step and its result, so that nothing was left to train
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         after = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         if self.config.fit.test_after:
             self.test(model=self.model, datamodule=self.datamodule, weights_only=True)
@@ -210,6 +214,10 @@ class DoRACLI(LightningCLI):
                 Console().print(held_out_table(before, after))
             for label, path in run_files(self.trainer, folder, self.model).items():
                 Console().print(f"{label}: {path}", markup=False, highlight=False, soft_wrap=True)
+
+    def _validates(self) -> bool:
+        source = self.model if self.datamodule is None else self.datamodule
+        return is_overridden("val_dataloader", source) and is_overridden("validation_step", self.model)
 
     def _run_folder(self) -> Path | None:
         log_dir = self.trainer.log_dir  # asks the first process: to be called on every one

@@ -184,6 +184,19 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(
     assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
 
 
+def test_a_run_that_died_before_its_result_has_its_scores_when_it_is_resumed(
+    fitted: Path, run_cli: RunCLI, config: Path
+) -> None:
+    first = outcome_of(fitted)
+    (fitted / "result.json").unlink()
+    run_cli("fit", "--config", config)
+    again = outcome_of(fitted)
+    assert again["steps"] == first["steps"]
+    scores = {name: value for name, value in first["after"].items() if name.startswith("val/")}
+    assert scores
+    assert {name: again["after"][name] for name in scores} == pytest.approx(scores)
+
+
 def test_resume_false_starts_anew(fitted: Path, run_cli: RunCLI, config: Path) -> None:
     (fitted / "result.json").unlink()
     run_cli("fit", "--config", config, "--resume", "false")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from torch import nn
 
 from dora_lightning.adapters import adapter_layers
@@ -15,7 +17,7 @@ def reuse_outputs(model: nn.Module) -> int:
     """Let the adapted layers in blocks that are known to leave outputs as they are keep these alone.
 
     See ``reuse_output`` of :func:`dora_lightning.adapters.functional.adapter_linear`. A block whose ``forward`` was
-    replaced is not known any more.
+    replaced is not known any more, nor is one whose rotary embedding was.
 
     Args:
         model: with adapters.
@@ -26,6 +28,15 @@ def reuse_outputs(model: nn.Module) -> int:
     count = 0
     for name, layer in adapter_layers(model):
         block = model.get_submodule(name.rpartition(".")[0])
-        layer.reuse_output = type(block).__module__ in _MODELING_FILES and "forward" not in vars(block)
+        layer.reuse_output = _leaves_outputs(block)
         count += layer.reuse_output
     return count
+
+
+def _leaves_outputs(block: nn.Module) -> bool:
+    name = type(block).__module__
+    if name not in _MODELING_FILES or "forward" in vars(block):
+        return False
+    # it gets queries and keys in the memory of their projections' outputs
+    rotary = getattr(sys.modules[name], "apply_rotary_pos_emb", None)
+    return getattr(rotary, "__module__", None) == name

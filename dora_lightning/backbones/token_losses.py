@@ -48,4 +48,4 @@ def token_losses(logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Te
     pieces = zip(hidden.split(size), targets.split(size), strict=True)
     if not torch.is_grad_enabled():
         return torch.cat([losses(*piece) for piece in pieces])
-    return torch.cat([checkpoint(losses, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces])
+    return torch.cat([checkpoint(losses, *piece, use_reentrant=False) for piece in pieces])

@@ -47,6 +47,7 @@ def parse_cells(
                     try:
                         config = parser.parse_args(["fit", *arguments]).fit
                         check_adapter(config)
+                        _check_logger(config)
                     except (ArgumentError, ValueError) as error:
                         # not from it: the command would show the cause alone, which does not name the cell
                         raise ValueError(f"cell {cell.number} ({cell.name}): {_innermost(error)}") from None
@@ -57,6 +58,18 @@ def parse_cells(
         Reader([], run=True)
     except _Parsed:
         return
+
+
+def _check_logger(config: Namespace) -> None:
+    """Check that the run's folder will be within the cell's.
+
+    Raises:
+        ValueError: a logger decides where the run's results go.
+    """
+    if config.trainer.logger not in (None, True):
+        raise ValueError(
+            "trainer.logger: a cell's results are found in the folder that the command's own loggers make; leave it out"
+        )
 
 
 def _innermost(error: BaseException) -> BaseException:

@@ -46,7 +46,7 @@ def compare(cli: type[LightningCLI], args: list[str]) -> None:
         return
     chosen = [_chosen(folders, options.cell)] if options.cell is not None else folders
     devices = [device.strip() for device in options.devices.split(",") if device.strip()] if options.devices else []
-    jobs = options.jobs or max(1, len(devices))
+    jobs = max(1, len(devices)) if options.jobs is None else options.jobs
     if jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {jobs}")
     if devices and jobs > len(devices):
@@ -55,6 +55,7 @@ def compare(cli: type[LightningCLI], args: list[str]) -> None:
     # cells that differ in their seed alone have the same options
     distinct = {folder.cell.group: folder.cell for folder in reversed(open_cells)}
     parse_cells(cli, study.configs, list(distinct.values()), lambda cell, config: None)
+    jobs = min(jobs, max(1, len(open_cells)))
     done = len(folders) - sum(folder.run is None for folder in folders)
     console.print(
         f"{escape(study.title)}: {len(cells)} cells in {study.folder}, {done} done, {len(open_cells)} to run",
@@ -105,7 +106,10 @@ def _listing(study: Study, folders: list[CellFolder]) -> Table:
     for folder in folders:
         cell, state, score = folder.cell, folder.state, ""
         if state == DONE:
-            score = study.metrics[0].shown(read_result(study, folder).metrics[study.metrics[0].name])
+            try:
+                score = study.metrics[0].shown(read_result(study, folder).metrics[study.metrics[0].name])
+            except ValueError:
+                score = "none"  # the report says why
         labels = [label or "-" for label in cell.labels.values()] + ([str(cell.seed)] if study.seeds else [])
         table.add_row(str(cell.number), cell.name, *labels, state, score)
     return table

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dora_lightning.comparing.results import Group, Score, title_parts
 from dora_lightning.comparing.study import Axis, Metric, Study
 from dora_lightning.plots import COLORS, MARKERS, new_figure, save_figure
-from dora_lightning.training.run_curves import logged_parts, read_curves
+from dora_lightning.training.run_curves import logged_parts, read_curves, smoothed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -186,7 +186,5 @@ def _mean_curve(curves: Sequence[Curve]) -> Curve:
 
 def _smooth(curve: Curve) -> Curve:
     """A moving mean, each point of what came before it."""
-    width = max(1, round(SMOOTHING * len(curve)))
-    values = [value for _, value in curve]
-    windows = (values[max(0, place + 1 - width) : place + 1] for place in range(len(values)))
-    return [(step, sum(window) / len(window)) for (step, _), window in zip(curve, windows, strict=True)]
+    values = smoothed([value for _, value in curve], max(1, round(SMOOTHING * len(curve))))
+    return [(step, value) for (step, _), value in zip(curve, values, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dora_lightning.comparing.figures import LOSS_NOTE, draw_figures
@@ -21,26 +21,36 @@ REPORT_FILE, RESULTS_FILE = "report.md", "results.csv"
 def write_report(study: Study, folders: Sequence[CellFolder]) -> Path:
     """Write the report of what has finished into the study's folder.
 
+    A cell whose run has none of the study's metrics, or no number there, is listed with the reason.
+
     Args:
         study: the study.
         folders: all of its cells.
-
-    Raises:
-        ValueError: a run has none of the study's metrics.
     """
-    done = [folder for folder in folders if folder.state == DONE]
-    results = [read_result(study, folder) for folder in done]
-    groups = group_results(results)
     path = study.folder / REPORT_FILE
-    # two processes that share a study may come to its end together
+    # two processes that share a study may come to its end together: who writes last has read last
     with held(study.folder / "report.lock"):
+        results, unusable = [], dict[str, str]()
+        for folder in folders:
+            if folder.state == DONE:
+                try:
+                    results.append(read_result(study, folder))
+                except ValueError as error:
+                    unusable[folder.cell.name] = str(error)
+        groups = group_results(results)
         write_text_atomically(study.folder / RESULTS_FILE, _results_csv(study, folders, results))
         figures = draw_figures(study, groups) if groups and can_plot() else []
-        write_text_atomically(path, _markdown(study, folders, groups, figures))
+        write_text_atomically(path, _markdown(study, folders, groups, figures, unusable))
     return path
 
 
-def _markdown(study: Study, folders: Sequence[CellFolder], groups: Sequence[Group], figures: Sequence[Path]) -> str:
+def _markdown(
+    study: Study,
+    folders: Sequence[CellFolder],
+    groups: Sequence[Group],
+    figures: Sequence[Path],
+    unusable: Mapping[str, str],
+) -> str:
     done = sum(len(group.results) for group in groups)
     lines = [f"# {study.title}", "", f"{done} of {len(folders)} cells are done.", ""]
     if groups:
@@ -55,6 +65,10 @@ def _markdown(study: Study, folders: Sequence[CellFolder], groups: Sequence[Grou
         lines += [line for figure in figures for line in (f"![{figure.stem}]({figure.name})", "")]
     elif groups and not can_plot():
         lines += ["No plots: they need matplotlib (`pip install dora-lightning[plots]`).", ""]
+    if unusable:
+        lines += ["## Without a score", ""]
+        lines += [f"- `{name}`: {reason}" for name, reason in unusable.items()]
+        lines += [""]
     missing = [folder for folder in folders if folder.state != DONE]
     if missing:
         lines += ["## Not done", ""]

@@ -19,6 +19,7 @@ from rich.markup import escape
 from dora_lightning.comparing.folders import DONE, CellFolder
 from dora_lightning.comparing.results import read_result
 from dora_lightning.comparing.study import Study
+from dora_lightning.training.run_report import duration
 
 PATIENCE = 60.0
 """Seconds that a run gets to stop after it was asked to."""
@@ -166,7 +167,9 @@ class Runner:
             try:
                 job.process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                job.process.kill()
+                # with what it has started: devices of a run that is still there would be taken
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(job.process.pid, signal.SIGKILL)
                 job.process.wait()
             job.log.close()
             seconds = round(time.monotonic() - job.started, 2)
@@ -178,19 +181,6 @@ class Runner:
     def _say(self, folder: CellFolder, text: str) -> None:
         place = f"[{folder.cell.number + 1}/{self.total}]"
         self.console.print(f"{escape(place)} {escape(folder.cell.name)}: {text}", highlight=False, soft_wrap=True)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a reader takes them in.
-
-    >>> duration(7.4), duration(125), duration(7300)
-    ('7.4 s', '2 min 5 s', '2 h 2 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def _reason(code: int) -> str:

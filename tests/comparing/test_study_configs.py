@@ -111,3 +111,10 @@ def test_cells_of_the_paper_are_the_shipped_runs(study: str) -> None:
     configs = shipped(folder, list({config.partition("/")[2] for config in wanted.values()}))
     for cell, config in wanted.items():
         assert effective(runs[cell]) == effective(configs[config.partition("/")[2]])
+
+
+def test_a_logger_that_decides_where_results_go_is_refused() -> None:
+    configs = [ROOT / "configs" / "quickstart.yaml"]
+    cells = [Cell(0, "quiet", {}, None, {"trainer": {"logger": False}})]
+    with pytest.raises(ValueError, match=r"cell 0 \(quiet\): trainer.logger: a cell's results are found in the folder"):
+        parsed(configs, cells)

@@ -140,11 +140,17 @@ def test_a_curve_goes_on_in_the_file_of_the_resumed_part(tmp_path: Path) -> None
     assert read_curves(logged_parts(tmp_path)) == {"train/loss": {0: 5.0, 1: 4.0, 2: 3.0, 3: 2.0}}
 
 
-def test_a_metric_that_no_run_has_is_an_error_that_names_those_it_has(
+def test_a_cell_without_a_score_is_listed_and_the_others_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    study, folders = open_study(write_study(tmp_path, metrics={"test/mean/ranking": "higher"}))
-    pretend(folders[0], {"val/loss": 1.0})
-    with pytest.raises(ValueError, match="has no test/mean/ranking; it has val/loss"):
-        write_report(study, folders)
+    study, folders = open_study(write_study(tmp_path, metrics={"val/loss": "lower"}))
+    pretend(folders[0], {"val/loss": float("nan")})
+    pretend(folders[1], {"val/accuracy": 1.0})
+    pretend(folders[2], {"val/loss": 0.5})
+    report = write_report(study, folders).read_text()
+    assert f"1 of {len(folders)} cells are done" in report
+    assert f"- `{folders[0].cell.name}`: " in report
+    assert "val/loss is nan" in report
+    assert "has no val/loss; it has val/accuracy" in report
+    assert table_of(report)[0]["val/loss"] == "0.5000"
