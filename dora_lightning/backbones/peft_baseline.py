@@ -6,24 +6,19 @@ bottleneck adapters are not here: PEFT has none, and the library ``adapters`` (1
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_lightning.adapters import AdapterConfig
 from dora_lightning.backbones.backbone import Backbone
@@ -34,9 +29,18 @@ from dora_lightning.backbones.causal_lm import (
     option_log_likelihoods,
     supervised_loss,
 )
-from dora_lightning.backbones.prompt_cache import common_start
-from dora_lightning.data import IGNORE
-from dora_lightning.pretrained import load_causal_lm, load_tokenizer, resolve_pretrained, tokenize
+from dora_lightning.backbones.peft_methods import (
+    ADAPTER,
+    former_names,
+    importances,
+    losses_with_virtual_tokens,
+    options_with_virtual_tokens,
+    orthogonality_penalty,
+    peft_config,
+    peft_library,
+    texts_with_virtual_tokens,
+)
+from dora_lightning.pretrained import load_causal_lm, load_tokenizer
 from dora_lightning.task import Task
 from dora_lightning.training.adapter_checkpoint import KEY, add_frozen, check_adapter_entry, write_adapter_entry
 from dora_lightning.training.adapter_run import AdapterRun, check_precision
@@ -44,14 +48,6 @@ from dora_lightning.training.random_state import gather_random_states
 
 PEFT_KEY = "dora_lightning_peft"
 """Entry of a checkpoint that says which of PEFT's methods it is of; it has no entry of our own adapters."""
-
-TYPES = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "ADALORA", "IA3", "LORA", "LOHA", "LOKR", "OFT")
-"""Methods of PEFT that the tests run: losses, texts, rankings, resuming."""
-
-_ADAPTER = "default"
-# what PeftLlama says itself, or what is of finished adapters
-_SET_HERE = {"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping"}
-_SET_HERE |= {"peft_version", "rank_pattern"}
 
 
 class PeftLlama(Backbone):
@@ -69,9 +65,9 @@ class PeftLlama(Backbone):
 
     Args:
         model_name_or_path: folder, hub id, GGUF file or ``package:NAME`` of any LLaMA-family ``AutoModelForCausalLM``.
-        peft: ``peft_type`` (one of :data:`TYPES`) and options of that method's config in PEFT, such as
-            ``{peft_type: PREFIX_TUNING, num_virtual_tokens: 30}``. AdaLoRA's ``total_step`` is the length of the run
-            where it is not given.
+        peft: ``peft_type`` (one of ``TYPES`` in :mod:`~dora_lightning.backbones.peft_methods`) and options of that
+            method's config in PEFT, such as ``{peft_type: PREFIX_TUNING, num_virtual_tokens: 30}``. AdaLoRA's
+            ``total_step`` is the length of the run where it is not given.
         optimizer: makes the optimiser.
         lr_scheduler: makes the scheduler, stepped after every optimiser step.
         task: how answers are obtained and judged; training needs none.
@@ -132,8 +128,8 @@ class PeftLlama(Backbone):
         base.requires_grad_(False)
         self._run.remember_base(base, self.model_name_or_path)  # before PEFT renames its weights
         config = peft_config(self.peft, self.model_name_or_path)
-        with _former_names():
-            model = _peft().get_peft_model(base, config)
+        with former_names():
+            model = peft_library().get_peft_model(base, config)
         if self.gradient_checkpointing:
             enable_recomputation(base)
         model.train()
@@ -173,18 +169,17 @@ class PeftLlama(Backbone):
                 raise ValueError(
                     f"{self.peft['peft_type']} takes no packed rows; set data.init_args.packing_len to null"
                 )
-            losses, _ = _token_losses(self.language_model, *inputs)
+            losses, _ = losses_with_virtual_tokens(self.language_model, *inputs)
             return losses.sum() / max(1, len(losses)), len(losses)
         loss, count = supervised_loss(self._base(), *inputs, position_ids=batch.get("position_ids"))
         if self.training and self.peft["peft_type"] == "ADALORA":
-            loss = loss + _orthogonality(cast(Any, self.language_model))
+            loss = loss + orthogonality_penalty(cast(Any, self.language_model))
         return loss, count
 
     def held_out_metrics(self, loss: Tensor) -> dict[str, Tensor]:
         """Perplexity of the supervised tokens, ``exp(loss)``."""
         return {"perplexity": loss.exp()}
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[str], vision: Mapping[str, Tensor] | None = None, **options: Any) -> list[str]:
         """Continuation of each prompt; ``options`` as in ``generate`` of transformers.
 
@@ -194,28 +189,8 @@ class PeftLlama(Backbone):
         _check_no_images(vision)
         if not self.virtual_tokens:
             return generate_texts(self._base(), self.tokenizer, prompts, **options)
-        rows = [tokenize(self.tokenizer, prompt) for prompt in prompts]
-        model: Any = self.language_model
-        # not by PEFT's generate: transformers 5.2x knows the cache by another name, and it would leave the prefix out.
-        # Virtual tokens come first and see nothing else, so all prompts go on from their keys and values.
-        count = model.peft_config[_ADAPTER].num_virtual_tokens
-        width = count + max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
-        mask = torch.tensor([[1] * count + [0] * (width - count - len(row)) + [1] * len(row) for row in rows])
-        defaults: Any = self._base().generation_config
-        copies = max(options.get(key, getattr(defaults, key)) or 1 for key in ("num_beams", "num_return_sequences"))
-        keyword, cache = _virtual_cache(model, len(rows) * copies)
-        output = cast(Any, self._base()).generate(
-            input_ids=ids,  # those at the virtual tokens' places are not read
-            attention_mask=mask.to(model.device),
-            pad_token_id=pad,
-            **{keyword: cache},
-            **options,
-        )
-        return self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        return texts_with_virtual_tokens(self.language_model, self.tokenizer, prompts, **options)
 
-    @torch.no_grad()
     def rank(
         self, prompts: Sequence[str], options: Sequence[Sequence[str]], vision: Mapping[str, Tensor] | None = None
     ) -> list[Tensor]:
@@ -223,24 +198,7 @@ class PeftLlama(Backbone):
         _check_no_images(vision)
         if not self.virtual_tokens:
             return option_log_likelihoods(self._base(), self.tokenizer, prompts, options)
-        device = self.language_model.device
-        rows, labels = [], []
-        for prompt, texts in zip(prompts, options, strict=True):
-            full = [tokenize(self.tokenizer, prompt + text) for text in texts]
-            shared = len(common_start([tokenize(self.tokenizer, prompt), *full]))
-            # every option has a token of its own to score, even if it is empty or another one's beginning
-            shared = min([shared, *(len(ids) - 1 for ids in full)])
-            rows += [torch.tensor(ids) for ids in full]
-            labels += [torch.tensor([IGNORE] * shared + ids[shared:]) for ids in full]
-        counts = [len(texts) for texts in options]
-        if not rows:
-            return [torch.zeros(0, device=device) for _ in options]
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        targets = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE)
-        losses, owners = _token_losses(self.language_model, ids.to(device), mask.to(device), targets.to(device))
-        return list(losses.new_zeros(len(rows)).index_add(0, owners, -losses).split(counts))
+        return options_with_virtual_tokens(self.language_model, self.tokenizer, prompts, options)
 
     # AdaLoRA's ranks ---------------------------------------------------------------------------------------------
 
@@ -250,7 +208,7 @@ class PeftLlama(Backbone):
         if self.peft["peft_type"] != "ADALORA":
             return
         tuner = cast(Any, self.language_model).base_model
-        config = tuner.peft_config[_ADAPTER]
+        config = tuner.peft_config[ADAPTER]
         if "total_step" not in self.peft:
             # not in configure_model: counting the batches makes the loader before the position in it is restored
             config.total_step = int(self.trainer.estimated_stepping_batches)
@@ -260,7 +218,7 @@ class PeftLlama(Backbone):
                 f"{config.total_step} steps; make them smaller, so that tinit + tfinal < the steps of the run"
             )
         parameters = dict(tuner.model.named_parameters())
-        for scores in _importances(tuner.rankallocator):
+        for scores in importances(tuner.rankallocator):
             for name, score in scores.items():
                 scores[name] = score.to(parameters[name].device)
 
@@ -285,7 +243,7 @@ class PeftLlama(Backbone):
         model = cast(Any, self.language_model)
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        config = model.peft_config[_ADAPTER]
+        config = model.peft_config[ADAPTER]
         pattern = getattr(config, "rank_pattern", None)  # PEFT renames its keys in the live config
         try:
             with warnings.catch_warnings():
@@ -312,8 +270,8 @@ class _PeftRun(AdapterRun):
         if module.peft["peft_type"] == "ADALORA":
             tuner = cast(Any, module.language_model).base_model
             entry["adalora"] = {
-                "rank_pattern": tuner.peft_config[_ADAPTER].rank_pattern,
-                "importances": [dict(scores) for scores in _importances(tuner.rankallocator)],
+                "rank_pattern": tuner.peft_config[ADAPTER].rank_pattern,
+                "importances": [dict(scores) for scores in importances(tuner.rankallocator)],
             }
         checkpoint[PEFT_KEY] = entry
 
@@ -334,113 +292,13 @@ class _PeftRun(AdapterRun):
             add_frozen(checkpoint, module)
         if "adalora" in entry:
             tuner = cast(Any, module.language_model).base_model
-            tuner.peft_config[_ADAPTER].rank_pattern = entry["adalora"]["rank_pattern"]
-            for scores, kept in zip(_importances(tuner.rankallocator), entry["adalora"]["importances"], strict=True):
+            tuner.peft_config[ADAPTER].rank_pattern = entry["adalora"]["rank_pattern"]
+            for scores, kept in zip(importances(tuner.rankallocator), entry["adalora"]["importances"], strict=True):
                 scores.update(kept)
         trainer = module._trainer
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             self._restored = entry["optimizer_options"]
             self._random_states = entry["random_states"]
-
-
-def peft_config(peft: Mapping[str, Any], model_name_or_path: str) -> Any:
-    """PEFT's config of ``peft_type`` with the other entries as its options.
-
-    Raises:
-        ImportError: PEFT is not installed.
-        ValueError: an unknown method or option, or a value that PEFT refuses.
-    """
-    known = [name for name in TYPES if name in _peft().PEFT_TYPE_TO_CONFIG_MAPPING]
-    kind = peft.get("peft_type")
-    if kind not in known:
-        raise ValueError(f"peft.peft_type is {kind!r}; it can be {', '.join(known)}")
-    make = _peft().PEFT_TYPE_TO_CONFIG_MAPPING[kind]
-    options = {name: value for name, value in peft.items() if name != "peft_type"}
-    names = sorted(field.name for field in fields(make) if field.init and field.name not in _SET_HERE)
-    for name in options.keys() - set(names):
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"peft has no option {name!r} for {kind}; {hint}it can be {', '.join(names)}")
-    if kind == "ADALORA":
-        # the run's length is known when it starts
-        options.setdefault("total_step", options.get("tinit", 0) + options.get("tfinal", 0) + 1)
-    if options.get("prompt_tuning_init") == "TEXT":
-        options.setdefault("tokenizer_name_or_path", resolve_pretrained(model_name_or_path))
-    try:
-        config = make(task_type="CAUSAL_LM", **options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"peft: {kind}: {error}") from error
-    if kind == "ADALORA" and config.init_r <= config.target_r:
-        raise ValueError(
-            f"AdaLoRA lowers ranks from init_r to target_r: init_r {config.init_r} must be above {config.target_r}"
-        )
-    return config
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError("PeftLlama needs PEFT: pip install 'dora-lightning[baselines]'") from error
-    return peft
-
-
-def _token_losses(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy ``[N]`` of each supervised position in fp32, and its row ``[N]``, by PEFT's own forward pass.
-
-    Args:
-        model: a ``PeftModelForCausalLM`` that adds virtual tokens.
-        input_ids: ``[B, T]``.
-        attention_mask: ``[B, T]``, 0 on padding, which is on the right.
-        labels: ``[B, T]``, ``IGNORE`` where not supervised; shifted here.
-    """
-    targets = labels[:, 1:]
-    supervised = targets != IGNORE  # [B, T - 1]
-    columns = supervised.any(dim=0).nonzero()
-    first = int(columns[0]) if len(columns) else targets.shape[1]
-    # the last positions alone: of a prompt no logits are needed
-    kept = labels.shape[1] - first
-    with _former_names():
-        output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=kept)
-    logits = output.logits[:, :-1][supervised[:, first:]].float()  # [N, V]
-    return F.cross_entropy(logits, targets[supervised], reduction="none"), supervised.nonzero()[:, 0]
-
-
-def _virtual_cache(model: Any, batch_size: int) -> tuple[str, Cache]:
-    """Keys and values of the virtual tokens in as many rows, and what the model's forward pass calls a cache."""
-    body = model.get_base_model().base_model
-    # transformers renamed it
-    keyword = "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
-    prompt = model.get_prompt(batch_size=batch_size)
-    if isinstance(prompt, Cache):  # prefix tuning
-        return keyword, prompt
-    cache = DynamicCache(config=model.config)
-    body(inputs_embeds=prompt.to(body.dtype), use_cache=True, **{keyword: cache})
-    return keyword, cache
-
-
-@contextmanager
-def _former_names() -> Iterator[None]:
-    """Hide that PEFT calls things by names that transformers 5.2x has changed, and still knows."""
-    with warnings.catch_warnings():
-        for name in ("is_gradient_checkpointing", "past_key_values"):
-            warnings.filterwarnings("ignore", f"`{name}` is deprecated", FutureWarning)
-        yield
-
-
-def _orthogonality(model: Any) -> Tensor:
-    """AdaLoRA's penalty as in PEFT: weighted mean of ``|A A^T - I|`` and ``|B^T B - I|`` (Frobenius) over all layers."""
-    terms = []
-    for name, matrix in model.base_model.model.named_parameters():
-        if f".lora_A.{_ADAPTER}" in name or f".lora_B.{_ADAPTER}" in name:
-            gram = matrix @ matrix.T if ".lora_A." in name else matrix.T @ matrix
-            terms.append(torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype)))
-    return model.peft_config[_ADAPTER].orth_reg_weight * torch.stack(terms).mean()
-
-
-def _importances(allocator: Any) -> Iterator[dict[str, Tensor]]:
-    """What AdaLoRA's allocator remembers of each parameter, in a fixed order."""
-    return iter((allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc))
 
 
 def _check_no_images(vision: Mapping[str, Tensor] | None) -> None:

@@ -1,5 +1,6 @@
 """PeftLlama: PEFT's own losses, texts and log-likelihoods; AdaLoRA as in PEFT's loop; resuming; files PEFT reads."""
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -15,9 +16,10 @@ from peft import PeftModel
 from tiny import MakeData, MakeLlama, MakeTrainer, RunCLI
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
+from two_processes import fit_and_save, run_on_one_and_two
 
 from dora_lightning.backbones import PeftLlama
-from dora_lightning.backbones.peft_baseline import TYPES
+from dora_lightning.backbones.peft_methods import TYPES
 from dora_lightning.callbacks import MergeOnSave
 from dora_lightning.training import WarmupDecay
 from dora_lightning.training.adapter_checkpoint import read_adapter_checkpoint
@@ -462,3 +464,44 @@ def test_a_config_of_dorallama_becomes_one_of_peftllama(
     assert run["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.01
     result = yaml.safe_load((tmp_path / "runs" / "version_0" / "result.json").read_text())
     assert 0 <= result["after"]["test/mean/ranking"] <= 1
+
+
+class MeanLosses(Callback):
+    """Writes down the loss of every step, averaged over processes."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, *_: Any) -> None:
+        self.losses.append(float(trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean")))
+
+    def written(self) -> dict[str, Any]:
+        return {"losses": self.losses}
+
+
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "ADALORA"])
+def test_two_processes_follow_one(tiny_llama: Path, commonsense_folder: Path, tmp_path: Path, kind: str) -> None:
+    expected, _ = run_on_one_and_two(
+        __file__, "ddp", tiny_llama, tmp_path, PEFT_TYPE=kind, DATA_DIR=str(commonsense_folder)
+    )
+    assert len(expected["losses"]) == 10
+    assert expected["losses"][-1] < expected["losses"][0] - 0.3
+
+
+def _fit(kind: str, model: str, folder: str, devices: str) -> None:
+    from datamodules import CommonsenseDataModule
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    options = METHODS[os.environ["PEFT_TYPE"]]
+    if "lora_dropout" in options:
+        options = {**options, "lora_dropout": 0.0, "tfinal": 3}  # processes drop what they like
+    module = PeftLlama(model, {"peft_type": os.environ["PEFT_TYPE"], **options}, partial(AdamW, lr=0.05))
+    # targets of one length, so that the mean over processes is the mean over tokens
+    shapes: dict[str, Any] = {"train_tasks": ["ARC-Easy"], "template": "plain", "val_size": 4}
+    data = CommonsenseDataModule(model, os.environ["DATA_DIR"], **shapes, batch_size=4 // int(devices))
+    fit_and_save(kind, module, data, MeanLosses(), Path(folder), int(devices), epochs=2)
+
+
+if __name__ == "__main__":
+    _fit(*sys.argv[1:])
