@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -201,6 +202,11 @@ class PeftLlama(Backbone):
         return options_with_virtual_tokens(self.language_model, self.tokenizer, prompts, options)
 
     # AdaLoRA's ranks ---------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """As ever; and say which method it is."""
+        super().on_fit_start()
+        rank_zero_info("PEFT: " + ", ".join(f"{name} {value}" for name, value in self.peft.items()))
 
     def on_train_start(self) -> None:
         """As ever; and tell AdaLoRA the length of the run."""
