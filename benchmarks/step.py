@@ -8,7 +8,7 @@ too, with ``packing_len: batch``, where they share rows. Every run has a process
 own; processes take turns. Seconds are those from the end of the first step to the end of the last, data loading
 included; the losses of all steps are compared; ``peak`` is the most that torch's allocator held during one more step
 beyond what it held before it, from its profiler on a CPU, from its counters on a GPU. ``--llama`` takes a LLaMA of
-random weights, with SmolLM2's tokenizer.
+random weights, with SmolLM2's tokenizer. ``--profile VARIANT`` shows instead what one step of it spends its time on.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
+    parser.add_argument("--profile", metavar="VARIANT", choices=VARIANTS, help="show operations by shape, and no more")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.variant = options.variant or options.profile
     if options.variant:
         print(json.dumps(measure(options)))
         return
@@ -114,6 +116,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     batches = [data.train_collator()(dataset[indices.tolist()]) for indices in order.split(options.batch_size)]
     run = run_peft if whose == "PEFT" else run_ours
     ends, losses, step = run(options, method, batches)
+    if options.profile:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+            step()
+        print(profiler.key_averages(group_by_input_shape=True).table(sort_by="self_cpu_time_total", row_limit=30))
     seconds = ends[-1] - ends[0]
     return {
         "samples_per_second": (len(ends) - 1) * options.batch_size / seconds,
