@@ -136,7 +136,7 @@ def _adapted(facts: RunFacts) -> str:
     """Which method, of what rank, reached which modules."""
     config = facts.config
     if config is None:
-        return "no adapters"
+        return "no adapters of this library"
     kinds: dict[str, list[str]] = {}
     for kind, (method, _) in facts.adapters.modules.items():
         kinds.setdefault(method, []).append(kind)
