@@ -5,6 +5,7 @@ The library is imported inside the fixtures: jaxtyping's import hook is set afte
 
 import os
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,14 @@ from tiny import MakeBackbone, MakeData, MakeLlama, MakeTrainer, RunCLI, arc_row
 # tensors this small are ten times slower on two threads that other processes share; child processes read the variable
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeds_stay_in_their_test() -> Iterator[None]:
+    """Processes that a later test starts would read the seed of a command that ran before."""
+    yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
