@@ -90,9 +90,14 @@ def weight_change(before: Tensor, after: Tensor, norm_axis: str = "out", transpo
 def row_blocks(stored: Tensor) -> Iterator[tuple[int, Tensor]]:
     """A weight as a matrix, a few rows at a time, each with the number of its first row."""
     matrix = stored.detach().flatten(1)
-    height = max(1, _BLOCK // max(1, matrix.shape[1]))
+    height = block_height(matrix.shape[1])
     for start in range(0, len(matrix), height):
         yield start, matrix[start : start + height]
+
+
+def block_height(columns: int) -> int:
+    """How many rows :func:`row_blocks` takes at a time, of a matrix that is that wide."""
+    return max(1, _BLOCK // max(1, columns))
 
 
 def change_of_blocks(blocks: Iterable[tuple[Tensor, Tensor]], by_row: bool) -> WeightChange:

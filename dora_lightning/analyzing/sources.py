@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_lightning.adapters import AdapterConfig
 from dora_lightning.adapters.analysis import (
     LowRank,
     WeightChange,
@@ -29,7 +28,7 @@ from dora_lightning.analyzing.base_model import BaseModel, matrix_shape, stored_
 from dora_lightning.analyzing.records import PATTERN_FILE, Record, make_record, read_records
 from dora_lightning.analyzing.stored_weights import StoredWeights, is_matrix
 from dora_lightning.pretrained import local_folder, weight_files
-from dora_lightning.training.adapter_checkpoint import KEY, AdapterCheckpoint
+from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint, read_adapter_checkpoint
 from dora_lightning.training.base_identity import check_weight_of_base
 from dora_lightning.training.stored_names import base_name
 
@@ -66,8 +65,8 @@ def collect(tuned: Sequence[str], base: str | None, wanted: Wanted) -> list[Reco
         if path.suffix == ".jsonl":
             found = [record for record in read_records(path) if wanted(record.module)]
         elif path.suffix == ".ckpt":
-            step, adapter = read_checkpoint(path)
-            found = list(_of_checkpoint(step, adapter, base_of(adapter.base["name"], name), wanted))
+            adapter = read_adapter_checkpoint(path, mmap=True)
+            found = list(_of_checkpoint(adapter.step, adapter, base_of(adapter.base["name"], name), wanted))
         elif (path / CONFIG_NAME).is_file():
             found = list(_of_peft(_step(path, place), path, base_of, wanted))
         else:
@@ -83,28 +82,6 @@ def collect(tuned: Sequence[str], base: str | None, wanted: Wanted) -> list[Reco
     return sorted(records, key=lambda record: record.step)
 
 
-def read_checkpoint(path: Path) -> tuple[int, AdapterCheckpoint]:
-    """Optimiser steps taken, and the adapter, whose tensors stay in the file until they are used.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no adapter checkpoint.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint file at {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        # torch.load raises anything from KeyError to UnpicklingError for a file it cannot read
-        raise ValueError(f"{path} could not be read as a checkpoint: {error}") from error
-    entry = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
-    if entry is None:
-        raise ValueError(f"{path} is no adapter checkpoint of dora-lightning: it has no entry {KEY!r}")
-    prefix = entry["prefix"]
-    tensors = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    return checkpoint["global_step"], AdapterCheckpoint(AdapterConfig(**entry["adapter"]), entry["base"], tensors)
-
-
 def _expanded(tuned: Sequence[str]) -> Iterator[str]:
     """What was named; a run folder stands for its learning pattern, or else for its checkpoints."""
     for name in tuned:
@@ -114,7 +91,7 @@ def _expanded(tuned: Sequence[str]) -> Iterator[str]:
             yield str(path / PATTERN_FILE)
         elif checkpoints:
             # the last one is often one of the others too
-            steps = {read_checkpoint(checkpoint)[0]: str(checkpoint) for checkpoint in checkpoints}
+            steps = {read_adapter_checkpoint(path, mmap=True).step: str(path) for path in checkpoints}
             yield from (steps[step] for step in sorted(steps))
         else:
             yield name

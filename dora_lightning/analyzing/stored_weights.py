@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dora_lightning.adapters.analysis import row_blocks
+from dora_lightning.adapters.analysis import block_height, row_blocks
 from dora_lightning.adapters.operators import operator_of
 
 # elements that are read at a time: what was read before goes with the closed file
@@ -67,8 +67,7 @@ class StoredWeights:
         """As :func:`~dora_lightning.adapters.analysis.row_blocks` of the weight, which is never whole in memory."""
         rows, *rest = self._shapes[key]
         columns = math.prod(rest)
-        blocks = [start for start, _ in row_blocks(torch.empty(rows, columns, device="meta"))]
-        height = blocks[1] if len(blocks) > 1 else max(1, rows)
+        height = block_height(columns)
         step = height * max(1, _PIECE // max(1, height * columns))
         for first in range(0, rows, step):
             with torch.device("cpu"), safe_open(self._where[key], framework="pt") as reader:

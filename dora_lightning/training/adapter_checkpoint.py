@@ -34,12 +34,14 @@ class AdapterCheckpoint:
         base: identity of the base model, see :mod:`dora_lightning.training.base_identity`.
         tensors: name inside the adapted model -> trained tensor.
         backbone: name of the LightningModule's class.
+        step: optimiser steps taken.
     """
 
     config: AdapterConfig
     base: dict[str, Any]
     tensors: dict[str, Tensor]
     backbone: str = ""
+    step: int = 0
 
 
 def write_adapter_entry(
@@ -95,8 +97,12 @@ def add_frozen(checkpoint: dict[str, Any], module: nn.Module) -> None:
             checkpoint[states] = base | checkpoint[states]
 
 
-def read_adapter_checkpoint(path: str | Path) -> AdapterCheckpoint:
+def read_adapter_checkpoint(path: str | Path, mmap: bool = False) -> AdapterCheckpoint:
     """Read what a checkpoint file holds of the adapter, on the CPU.
+
+    Args:
+        path: the file.
+        mmap: leave tensors in the file until they are used.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -106,7 +112,7 @@ def read_adapter_checkpoint(path: str | Path) -> AdapterCheckpoint:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
         # torch.load raises anything from KeyError to UnpicklingError for a file it cannot read
         raise ValueError(f"{path} could not be read as a checkpoint: {error}") from error
@@ -114,7 +120,8 @@ def read_adapter_checkpoint(path: str | Path) -> AdapterCheckpoint:
     prefix = entry["prefix"]
     tensors = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     # one that was written before there were several says nothing
-    return AdapterCheckpoint(AdapterConfig(**entry["adapter"]), entry["base"], tensors, entry.get("backbone", ""))
+    config, backbone = AdapterConfig(**entry["adapter"]), entry.get("backbone", "")
+    return AdapterCheckpoint(config, entry["base"], tensors, backbone, checkpoint["global_step"])
 
 
 def frozen_names(module: nn.Module) -> set[str]:
