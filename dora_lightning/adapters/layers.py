@@ -308,13 +308,11 @@ class DoRALinear(LoRALinear):
 
     def gain(self) -> Tensor:
         """``magnitude / norm()``; without gradients kept as the norm is."""
+        norm = self.norm()
         if torch.is_grad_enabled():
-            return functional.gain(self.magnitude, self.norm())
-        return self._gain.get(
-            lambda: functional.gain(self.magnitude, self.norm()),
-            large=self.operator.watched(self.base_layer),
-            small=[*self._watched(), self.magnitude],
-        )
+            return functional.gain(self.magnitude, norm)
+        # a norm that changed is another tensor: what it was made of is looked at, and copied, once
+        return self._gain.get(lambda: functional.gain(self.magnitude, norm), large=[norm], small=[self.magnitude])
 
     def merged_weight(self) -> Tensor:
         """``g (W + s B A)``."""
