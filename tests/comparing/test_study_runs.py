@@ -20,7 +20,7 @@ from studies import open_study, pretend, write_study
 from tiny import RunCLI, save_llama
 
 from dora_lightning.comparing import running
-from dora_lightning.comparing.locks import FolderLock
+from dora_lightning.files.locks import FolderLock
 from dora_lightning.training.run_curves import logged_parts, read_curves
 
 ROOT = Path(__file__).parents[2]
