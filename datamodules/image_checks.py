@@ -1,9 +1,8 @@
 """Which samples have images that can be trained on, found out before a run starts."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -11,7 +10,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from datamodules.rows import OnBadRow
 from dora_lightning.data import Sample
-from dora_lightning.images import IMAGE, check_image
+from dora_lightning.images import IMAGE, check_image, image_key
+from dora_lightning.videos import VideoFrame
 
 _MANY = 1000  # images that take long enough to say so
 _SECONDS = 30.0  # between messages of how far it is
@@ -34,7 +34,7 @@ def sample_name(sample: Sample) -> str:
     return (sample.source or "sample") + question
 
 
-def usable_samples(samples: Sequence[Sample], on_bad_row: OnBadRow) -> list[ImageSample]:
+def usable_samples(samples: Sequence[Sample], on_bad_row: OnBadRow, exif_rotation: bool = True) -> list[ImageSample]:
     """The samples with as many images as placeholders, every one of which can be used.
 
     Args:
@@ -42,17 +42,19 @@ def usable_samples(samples: Sequence[Sample], on_bad_row: OnBadRow) -> list[Imag
         on_bad_row: ``raise`` reads the header of every image and stops at the first sample that cannot be used; an
             image that is broken after its header shows when it is decoded. ``skip`` decodes every image once, in
             threads, so that what is left out is known and counted before training starts.
+        exif_rotation: Measure images as they are turned by their EXIF data.
 
     Raises:
         ValueError: A sample cannot be used and ``on_bad_row="raise"``, or none can.
     """
     good: list[ImageSample] = []
     bad: list[str] = []
-    sizes = _sizes([image for sample in samples for image in sample.images], decode=on_bad_row == "skip")
+    sizes = _sizes([image for sample in samples for image in sample.images], on_bad_row == "skip", exif_rotation)
     for sample in samples:
         try:
             _check_placeholders(sample)
-            good.append(ImageSample(sample, tuple(_size(sizes[_key(image)]) for image in sample.images)))
+            keys = [_key(image, on_bad_row == "skip") for image in sample.images]
+            good.append(ImageSample(sample, tuple(_size(sizes[key]) for key in keys)))
         except ValueError as error:
             message = f"{sample_name(sample)}: {error}"
             if on_bad_row == "raise":
@@ -91,13 +93,13 @@ def _check_placeholders(sample: Sample) -> None:
         )
 
 
-def _sizes(images: Sequence[Any], decode: bool) -> dict[Any, tuple[int, int] | ValueError]:
+def _sizes(images: Sequence[Any], decode: bool, exif_rotation: bool) -> dict[Any, tuple[int, int] | ValueError]:
     """Size of each image, or what is wrong with it.
 
-    An image that several samples share is looked at once, and by one process: what one of them cannot read is left out
-    by all, or their batches would differ.
+    An image that several samples share is looked at once, and so is the header of a video. One process looks: what it
+    cannot read is left out by all, or their batches would differ.
     """
-    unique = {_key(image): image for image in images}
+    unique = {_key(image, decode): image for image in images}
     in_group = dist.is_available() and dist.is_initialized()
     rank, processes = (dist.get_rank(), dist.get_world_size()) if in_group else (0, 1)
     own = list(unique.values())[rank::processes]
@@ -107,7 +109,7 @@ def _sizes(images: Sequence[Any], decode: bool) -> dict[Any, tuple[int, int] | V
 
     def look(image: Any) -> tuple[int, int] | ValueError:
         try:
-            return check_image(image, decode)
+            return check_image(image, decode, exif_rotation)
         except ValueError as error:
             return error
 
@@ -126,8 +128,8 @@ def _sizes(images: Sequence[Any], decode: bool) -> dict[Any, tuple[int, int] | V
     return {key: shares[place % processes][place // processes] for place, key in enumerate(unique)}
 
 
-def _key(image: Any) -> Any:
-    return str(image) if isinstance(image, str | Path) else id(image)
+def _key(image: Any, decode: bool) -> Hashable:
+    return image.path if isinstance(image, VideoFrame) and not decode else image_key(image)
 
 
 def _size(found: tuple[int, int] | ValueError) -> tuple[int, int]:

@@ -41,6 +41,7 @@ class LlavaInstructions(VisionDataModule):
         on_bad_row: Likewise. Bad is also a row that is no conversation of questions and answers in turn.
         group_by_length: Likewise.
         share_images: Likewise.
+        exif_rotation: Likewise.
 
     Raises:
         ValueError: The arguments contradict each other, or the template is unknown.
@@ -66,6 +67,7 @@ class LlavaInstructions(VisionDataModule):
         on_bad_row: OnBadRow = "raise",
         group_by_length: bool = True,
         share_images: bool = False,
+        exif_rotation: bool = True,
     ) -> None:
         super().__init__(
             tokenizer,
@@ -80,6 +82,7 @@ class LlavaInstructions(VisionDataModule):
             on_bad_row,
             group_by_length,
             share_images,
+            exif_rotation,
         )
         if val_file is not None and val_size:
             raise ValueError("give val_file or val_size, not both: one names the validation data, the other draws it")
@@ -139,7 +142,13 @@ class LlavaInstructions(VisionDataModule):
             references=(answer,),
             images=images,
             source="llava",
-            row={"question_id": row.get("id"), "question": question, **place},
+            row={
+                "question_id": row.get("id"),
+                "question": question,
+                # what the picture of examples shows
+                **({"image_path": images[0]} if images else {}),
+                **place,
+            },
             answered=answered,
         )
 

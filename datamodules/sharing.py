@@ -1,13 +1,12 @@
 """Several questions about an image in one row, which reads the image once; none of them sees another."""
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import torch
 
 from datamodules.encoding import EncodedSample
 from dora_lightning.data import IGNORE
+from dora_lightning.images import image_key
 
 
 def share_images(encoded: Sequence[EncodedSample], image_token_id: int, cutoff_len: int) -> list[EncodedSample]:
@@ -31,8 +30,8 @@ def share_images(encoded: Sequence[EncodedSample], image_token_id: int, cutoff_l
     return [row for group in groups.values() for row in _rows(group, image_token_id, cutoff_len)]
 
 
-def _images(item: EncodedSample) -> tuple[Any, ...]:
-    return tuple(str(image) if isinstance(image, str | Path) else id(image) for image in item.sample.images)
+def _images(item: EncodedSample) -> tuple[Hashable, ...]:
+    return tuple(image_key(image) for image in item.sample.images)
 
 
 def _rows(group: list[EncodedSample], image_token_id: int, cutoff_len: int) -> list[EncodedSample]:

@@ -127,7 +127,7 @@ class VideoQADataModule(VisionDataModule):
         self.shuffle_frames = shuffle_frames
         self.limit_train = limit_train
         self.limit_eval = limit_eval
-        self._durations: dict[Path, float] = {}
+        self._durations: dict[Path, float | ValueError] = {}
 
     def build_samples(self, stage: Stage) -> list[Sample]:
         """The questions of a split, set by set in the order of their files; training and validation have those whose
@@ -210,8 +210,13 @@ class VideoQADataModule(VisionDataModule):
     def _span(self, row: VideoRow, path: Path) -> tuple[float, float]:
         """What is looked at, in seconds: never anything after the end of the video."""
         if path not in self._durations:
-            self._durations[path] = video_info(path).duration
+            try:
+                self._durations[path] = video_info(path).duration
+            except ValueError as error:
+                self._durations[path] = error
         duration = self._durations[path]
+        if isinstance(duration, ValueError):
+            raise ValueError(str(duration)) from duration
         if row.span is None:
             return 0.0, duration
         start, end = row.span

@@ -54,6 +54,8 @@ class VisionDataModule(TextDataModule):
         group_by_length: As in :class:`~datamodules.text.TextDataModule`; lengths count the tokens of images too.
         share_images: Training samples about the same image share a row, which reads the image once; each is answered
             as if it were alone. Needs the attention ``sdpa`` or ``eager``.
+        exif_rotation: Turn photos upright as their EXIF data say, as phones show them; false leaves them as they are
+            stored, as LLaVA's published code does.
 
     Raises:
         ValueError: ``template`` or ``image_aspect_ratio`` is unknown.
@@ -73,6 +75,7 @@ class VisionDataModule(TextDataModule):
         on_bad_row: OnBadRow = "raise",
         group_by_length: bool = True,
         share_images: bool = False,
+        exif_rotation: bool = True,
     ) -> None:
         super().__init__(
             tokenizer,
@@ -86,6 +89,7 @@ class VisionDataModule(TextDataModule):
             group_by_length,
         )
         self.share_images = share_images
+        self.exif_rotation = exif_rotation
         check_conversation_template(template)
         if image_aspect_ratio not in ("pad", "plain"):
             raise ValueError(f"image_aspect_ratio must be 'pad' or 'plain', found {image_aspect_ratio!r}")
@@ -116,7 +120,7 @@ class VisionDataModule(TextDataModule):
     def encode(self, samples: list[Sample]) -> list[EncodedSample]:
         """The tokens of samples whose images can be used; see ``on_bad_row``."""
         assert self.tokenizer is not None
-        usable = usable_samples(samples, self.on_bad_row)
+        usable = usable_samples(samples, self.on_bad_row, self.exif_rotation)
         texts = [_with_image_token(sample, self.processor.image_token) for sample, _ in usable]
         encoded = encode_samples(texts, self.tokenizer, None, self.train_on_inputs)
         sizes = [size for _, sizes in usable for size in sizes]
@@ -150,6 +154,7 @@ class VisionDataModule(TextDataModule):
             self._image_token_id,
             self.processor.image_processor,
             squares=self.image_aspect_ratio == "pad",
+            exif_rotation=self.exif_rotation,
         )
 
     @property
@@ -184,15 +189,23 @@ class VisionCollator(Collator):
         image_token_id: The token that stands for an image.
         image_processor: The model's own.
         squares: Pad images to squares first.
+        exif_rotation: Turn them upright as their EXIF data say.
     """
 
     def __init__(
-        self, pad_token_id: int, cutoff_len: int, image_token_id: int, image_processor: Any, squares: bool = True
+        self,
+        pad_token_id: int,
+        cutoff_len: int,
+        image_token_id: int,
+        image_processor: Any,
+        squares: bool = True,
+        exif_rotation: bool = True,
     ) -> None:
         super().__init__(pad_token_id, cutoff_len)
         self.image_token_id = image_token_id
         self.image_processor = image_processor
         self.squares = squares
+        self.exif_rotation = exif_rotation
         self.background = mean_colour(image_processor)
 
     def __call__(self, encoded: list[EncodedSample]) -> dict[str, Any]:
@@ -217,7 +230,7 @@ class VisionCollator(Collator):
 
     def _images(self, sample: Sample) -> list[Image.Image]:
         try:
-            images = [open_image(source) for source in sample.images]
+            images = [open_image(source, self.exif_rotation) for source in sample.images]
         except ValueError as error:
             raise ValueError(f"{sample_name(sample)}: {error}") from error
         return [pad_to_square(image, self.background) for image in images] if self.squares else images

@@ -53,6 +53,7 @@ class VQADataModule(VisionDataModule):
         num_workers: As in :class:`~datamodules.vision.VisionDataModule`.
         seed: Seed of what ``limit`` draws.
         on_bad_row: As in :class:`~datamodules.vision.VisionDataModule`.
+        exif_rotation: As in :class:`~datamodules.vision.VisionDataModule`.
 
     Raises:
         ValueError: No set, one that is unknown, or one with arguments that contradict each other.
@@ -72,6 +73,7 @@ class VQADataModule(VisionDataModule):
         num_workers: int = 4,
         seed: int = 42,
         on_bad_row: OnBadRow = "raise",
+        exif_rotation: bool = True,
     ) -> None:
         super().__init__(
             tokenizer,
@@ -82,6 +84,7 @@ class VQADataModule(VisionDataModule):
             num_workers=num_workers,
             seed=seed,
             on_bad_row=on_bad_row,
+            exif_rotation=exif_rotation,
         )
         if data_dir is not None and not Path(data_dir).is_dir():
             raise FileNotFoundError(f"data_dir {data_dir} is not a folder; expected LLaVA's folder of evaluation sets")

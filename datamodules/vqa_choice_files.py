@@ -3,11 +3,10 @@
 import base64
 import binascii
 import csv
-import io
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from datamodules.vqa_rows import (
     scienceqa,
 )
 from datamodules.vqa_sets import EvaluationSet
-from dora_lightning.images import IMAGE
+from dora_lightning.images import IMAGE, open_encoded
 
 
 def read_scienceqa(where: EvaluationSet, on_bad_row: OnBadRow) -> list[VisualQuestion]:
@@ -149,7 +148,8 @@ def _label_files(path: str) -> dict[str, str]:
 class Base64Image:
     """An image inside a table, decoded when it is wanted."""
 
-    name: str
+    name: str = field(compare=False)
+    """Table and index: rows of one question's rotations hold the same image."""
     data: str
 
     def open(self) -> Image.Image:
@@ -159,7 +159,7 @@ class Base64Image:
             ValueError: The text is not base64.
         """
         try:
-            return Image.open(io.BytesIO(base64.b64decode(self.data, validate=True)))
+            return open_encoded(base64.b64decode(self.data, validate=True))
         except binascii.Error as error:
             raise ValueError(f"{self.name}: not base64: {error}") from error
 

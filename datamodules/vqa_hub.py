@@ -1,6 +1,5 @@
 """The evaluation sets on the Hugging Face hub, in the layouts that lmms-eval publishes; images stay encoded."""
 
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from datamodules.vqa_rows import (
     vqav2,
 )
 from datamodules.vqa_sets import EvaluationSet
+from dora_lightning.images import open_encoded
 
 
 class HubImage:
@@ -39,7 +39,7 @@ class HubImage:
     def open(self) -> Image.Image:
         """The image."""
         stored = self.dataset[self.index]["image"]
-        return Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])
+        return open_encoded(stored["bytes"] if stored["bytes"] is not None else stored["path"])
 
     def __str__(self) -> str:
         """Data set and row, for messages."""

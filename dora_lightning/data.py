@@ -1,16 +1,22 @@
 """The record that every data set is turned into, and that every task judges."""
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from typing import Any
 
 IGNORE = -100
 """Label of a position that is not supervised, as everywhere in torch and transformers."""
 
 
-class Sample(NamedTuple):
+class Sample:
     """One training or evaluation example, whatever data set it came from.
 
-    A named tuple, so that Lightning carries it to the device inside a batch without copying what it holds.
+    A plain class, neither a tuple nor a dataclass: Lightning walks through those to convert and move tensors, copies
+    what they hold, takes encoded images apart byte by byte, and refuses frozen dataclasses. A sample goes to the device
+    as it is. Do not change one: several batches and stages share it.
     """
+
+    __slots__ = ("answered", "images", "options", "prompt", "references", "row", "source", "target")
 
     prompt: str
     """Text the model reads, template included; generation starts right after its last character."""
@@ -18,21 +24,56 @@ class Sample(NamedTuple):
     target: str
     """Text the model is trained to write after ``prompt``; appended to it without any separator."""
 
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...]
     """Texts that could stand in place of ``target``, for ranking by log-likelihood; empty if open-ended."""
 
-    references: tuple[str, ...] = ()
+    references: tuple[str, ...]
     """Answers that count as right, as the task's extraction reads them out of a generated text."""
 
-    images: tuple[Any, ...] = ()
+    images: tuple[Any, ...]
     """Images the prompt refers to, in the order of its ``<image>`` placeholders; see :mod:`dora_lightning.images`."""
 
-    source: str = ""
+    source: str
     """Name of the data set, e.g. ``boolq``; scores are reported per source."""
 
-    row: dict[str, Any] | None = None
+    row: dict[str, Any] | None
     """The row as it was read, written back beside the prediction."""
 
-    answered: tuple[tuple[int, int], ...] = ()
+    answered: tuple[tuple[int, int], ...]
     """Spans ``[start, end)`` of characters of ``prompt`` that the model is trained to write too: the earlier answers of
     a conversation."""
+
+    def __init__(
+        self,
+        prompt: str,
+        target: str,
+        options: tuple[str, ...] = (),
+        references: tuple[str, ...] = (),
+        images: tuple[Any, ...] = (),
+        source: str = "",
+        row: dict[str, Any] | None = None,
+        answered: tuple[tuple[int, int], ...] = (),
+    ) -> None:
+        self.prompt = prompt
+        self.target = target
+        self.options = options
+        self.references = references
+        self.images = images
+        self.source = source
+        self.row = row
+        self.answered = answered
+
+    def _replace(self, **changes: Any) -> Sample:
+        """A sample with other values in some fields, as of a named tuple."""
+        return Sample(**(self._fields() | changes))
+
+    def _fields(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all fields are equal."""
+        return isinstance(other, Sample) and self._fields() == other._fields()
+
+    def __repr__(self) -> str:
+        """The fields by name."""
+        return f"Sample({', '.join(f'{name}={value!r}' for name, value in self._fields().items())})"

@@ -40,6 +40,7 @@ def extract_features(
     dtype: Literal["float16", "bfloat16", "float32"] = "float16",
     on_bad_file: Literal["raise", "skip"] = "raise",
     random_seed: int | None = None,
+    exif_rotation: bool = True,
 ) -> None:
     """Write a CLIP tower's features of images or videos, one file each; an interrupted run goes on where it was.
 
@@ -59,6 +60,8 @@ def extract_features(
         on_bad_file: raise stops at the first file that cannot be read; skip leaves such files out, and ends with an
             error that lists them.
         random_seed: features of an untrained tower drawn from this seed, for tests; with pretrained null.
+        exif_rotation: turn photos upright as their EXIF data say; false leaves them as they are stored, as VL-Adapter's
+            features were made.
 
     Raises:
         FileNotFoundError: there is no such folder, or no such weights.
@@ -77,6 +80,8 @@ def extract_features(
     made_by = _settings(vision, tower, dtype)
     if any(is_video(path) for path in paths.values()):
         made_by["every"] = every
+    if exif_rotation and not all(is_video(path) for path in paths.values()):
+        made_by["exif_rotation"] = True  # left out where photos are not turned, as before there was a choice
     folder.claim(made_by)
 
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -95,7 +100,7 @@ def extract_features(
                 bad[found.path] = found.reason
         present = set(folder.ids)
         wanted = {number for number, file in enumerate(files) if file.name not in present}
-        run = _Run(files, wanted, batch_size, tower.to(chosen), workers, on_bad_file == "raise")
+        run = _Run(files, wanted, batch_size, tower.to(chosen), workers, on_bad_file == "raise", exif_rotation)
         written: list[Future[None]] = []
         for name, features in run.records(progress):
             # a disk that takes its time to write for good is waited for beside the next batch
@@ -127,6 +132,7 @@ class _Run:
         tower: OpenClipTower,
         workers: int,
         strict: bool,
+        exif_rotation: bool,
     ) -> None:
         self.bad: dict[Path, str] = {}
         self._files = files
@@ -138,7 +144,7 @@ class _Run:
             batch for batch in batches_of(files, batch_size) if any(piece.file in wanted for piece in batch)
         ]
         self._loader = DataLoader(
-            PixelBatches(files, self._batches, tower),
+            PixelBatches(files, self._batches, tower, exif_rotation),
             batch_size=None,
             num_workers=workers,
             pin_memory=self._device.type == "cuda",

@@ -50,9 +50,12 @@ class Piece(NamedTuple):
 class PixelBatches(Dataset[tuple[Tensor, dict[int, str]]]):
     """Whole batches as the tower reads them, and what is wrong with files in them."""
 
-    def __init__(self, files: list[VisualFile], batches: list[list[Piece]], tower: OpenClipTower) -> None:
+    def __init__(
+        self, files: list[VisualFile], batches: list[list[Piece]], tower: OpenClipTower, exif_rotation: bool = True
+    ) -> None:
         self.files = files
         self.batches = batches
+        self.exif_rotation = exif_rotation
         self.size, self.mean, self.std = tower.image_size, tower.mean, tower.std
 
     def __len__(self) -> int:
@@ -66,7 +69,7 @@ class PixelBatches(Dataset[tuple[Tensor, dict[int, str]]]):
             file = self.files[piece.file]
             try:
                 if file.times is None:
-                    images = [open_image(file.path)]
+                    images = [open_image(file.path, self.exif_rotation)]
                 else:
                     images = read_frames(file.path, file.times[piece.start : piece.stop])
                 pixels += [image_pixels(image, self.size, self.mean, self.std) for image in images]

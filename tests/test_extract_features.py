@@ -326,3 +326,21 @@ def test_the_verb(run_cli: RunCLI, tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as stopped:
         run_cli("extract-features", "images", "out", *given, "--device", "cpu", "--on_bad_file", "skip")
     assert "dora-lightning: error: 1 of 4 files were left out" in str(stopped.value)
+
+
+def test_photos_are_turned_upright_unless_told_otherwise(tmp_path: Path) -> None:
+    (path,) = write_images(tmp_path / "photos", 1)
+    stored = Image.open(path)
+    stored.load()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored.save(path, exif=exif)
+    model = model_file(tmp_path, VIT)
+    for turned, shown in ((True, stored.rotate(-90, expand=True)), (False, stored)):
+        folder = tmp_path / f"features-{turned}"
+        extract(tmp_path / "photos", folder, model=model, kind="pooled", dtype="float32", exif_rotation=turned)
+        torch.testing.assert_close(read(folder, path.stem), by_hand(VIT, "pooled", [shown.convert("RGB")]))
+        # a folder holds features of one kind; those from before there was a choice are of photos that were not turned
+        assert ("exif_rotation" in json.loads((folder / "features.json").read_text())) == turned
+        with pytest.raises(ValueError, match="holds features of other settings: exif_rotation"):
+            extract(tmp_path / "photos", folder, model=model, kind="pooled", dtype="float32", exif_rotation=not turned)

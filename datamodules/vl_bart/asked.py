@@ -159,15 +159,16 @@ class AskedDataModule(SampledDataModule):
 
     def _usable(self, encoded: list[EncodedAsked]) -> list[EncodedAsked]:
         assert self._visuals is not None
-        found: dict[tuple[str, str], str] = {}
+        # several sources may look at the same files
+        found: dict[tuple[int, str], str] = {}
         good: list[EncodedAsked] = []
         bad: list[str] = []
         for item in encoded:
-            source = item.asked.source
+            visuals = self._visuals[item.asked.source]
             for name in item.asked.visuals:
-                if (source, name) not in found:
-                    found[source, name] = self._fault(self._visuals[source], name)
-            faults = [fault for name in item.asked.visuals if (fault := found[source, name])]
+                if (id(visuals), name) not in found:
+                    found[id(visuals), name] = self._fault(visuals, name)
+            faults = [fault for name in item.asked.visuals if (fault := found[id(visuals), name])]
             if not faults:
                 good.append(item)
                 continue

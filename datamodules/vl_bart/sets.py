@@ -81,7 +81,8 @@ def task_options(name: str, given: Mapping[str, Any]) -> TaskOptions:
         raise ValueError(f"tasks: unknown task {name!r}.{_close(name, SETS)} There are {', '.join(SETS)}")
     of_rows = {field.name: field for field in fields(SETS[name].options)}
     of_visuals = {field.name for field in fields(VisualFiles)}
-    of_visuals -= {"images", "grid_rows"} if SETS[name].of_videos else {"videos", "video_rows", "every", "frames"}
+    of_images, of_videos = {"images", "grid_rows", "exif_rotation"}, {"videos", "video_rows", "every", "frames"}
+    of_visuals -= of_images if SETS[name].of_videos else of_videos
     known = [*of_rows, *sorted(of_visuals), "batch_size"]
     for option in given:
         if option not in known:

@@ -30,6 +30,7 @@ class VisualFiles:
             time. Null for as many as there are, where what fills a batch up is masked.
         every: Seconds from one frame of a video to the next, read on the fly.
         frames: Frames of a video instead, evenly spread over it.
+        exif_rotation: Turn images upright as their EXIF data say; false leaves them as they are stored.
 
     Raises:
         ValueError: More than one of the three, or options that do not go with them.
@@ -42,6 +43,7 @@ class VisualFiles:
     video_rows: int | None = VIDEO_ROWS
     every: float | None = None
     frames: int | None = None
+    exif_rotation: bool = True
 
     def __post_init__(self) -> None:
         """Check what goes together."""
@@ -55,6 +57,8 @@ class VisualFiles:
             raise ValueError("give every or frames, the distance or the number of a video's frames, not both")
         if self.features is not None and (self.every or self.frames):
             raise ValueError("features were computed of frames already; every and frames are for videos")
+        if self.features is not None and not self.exif_rotation:
+            raise ValueError("features were computed already; exif_rotation is for images, and for extract-features")
 
 
 class Visuals:
@@ -138,7 +142,7 @@ class Visuals:
     def _open(self, name: str) -> list[Image.Image]:
         path = self.path(name)
         if not self.of_videos:
-            return [open_image(path)]
+            return [open_image(path, self.files.exif_rotation)]
         every, frames = self.files.every, self.files.frames
         if every is None and frames is None:
             every = VIDEO_EVERY

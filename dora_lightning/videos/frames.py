@@ -42,9 +42,25 @@ class VideoFrame:
         """
         return self._video.size
 
+    @property
+    def path(self) -> Path:
+        """The video's file, all frames of which have one size."""
+        return self._video.path
+
     def __str__(self) -> str:
         """Its name, for messages."""
         return f"{self._video.path} at {self._video.times[self._number]:.3f} s"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same frame, and decoded with the same others."""
+        return isinstance(other, VideoFrame) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        """Equal for equal frames."""
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[Path, tuple[float, ...], int]:
+        return self._video.path, self._video.times, self._number
 
 
 def video_frames(path: str | Path, times: Sequence[float]) -> list[VideoFrame]:

@@ -73,6 +73,7 @@ def test_rows_become_conversations(model: str, folder: Path) -> None:
     assert samples["a"].row == {
         "question_id": "a",
         "question": "Is it?",
+        "image_path": str(folder / "coco/1.png"),
         "file": str(folder / "train.json"),
         "row": 1,
     }

@@ -16,8 +16,10 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from datamodules import IGNORE, Stage
+from datamodules.image_checks import usable_samples
 from datamodules.vision import VisionDataModule
 from dora_lightning.data import Sample
+from dora_lightning.videos import video_frames
 
 BACKGROUND = (127, 102, 76)  # int(255 * mean) of the processors' mean (0.5, 0.4, 0.3)
 PER_IMAGE = 16  # (32 / 8) ** 2
@@ -252,7 +254,9 @@ def test_an_image_is_looked_at_once(llava: str, monkeypatch: pytest.MonkeyPatch,
     from datamodules import image_checks
 
     looked = []
-    monkeypatch.setattr(image_checks, "check_image", lambda source, decode: looked.append((source, decode)) or (8, 8))
+    monkeypatch.setattr(
+        image_checks, "check_image", lambda source, decode, turn: looked.append((source, decode)) or (8, 8)
+    )
     shared = picture(8, 8)
     sources = [tmp_path / "a", str(tmp_path / "a"), shared, shared, tmp_path / "b"]
     for on_bad_row in ("raise", "skip"):
@@ -415,3 +419,51 @@ def test_a_setting_that_does_not_exist(llava: str, tiny_llama: Path, tmp_path: P
     folder = save_llava_processor(tmp_path, make_bpe(), image_token="<picture>")
     with pytest.raises(ValueError, match="the tokenizer has no token '<picture>'"):
         Given(folder, []).setup("fit")
+
+
+def photo(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    picture(40, 20).save(buffer, "PNG", exif=exif)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("on_bad_row", ["raise", "skip"])
+@pytest.mark.parametrize("exif_rotation", [True, False])
+@pytest.mark.parametrize("aspect", ["pad", "plain"])
+def test_photos_are_turned_upright_unless_told_otherwise(
+    llava_next: str, aspect: str, exif_rotation: bool, on_bad_row: str
+) -> None:
+    sample = with_image(photo(6))
+    options = {"image_aspect_ratio": aspect, "exif_rotation": exif_rotation, "on_bad_row": on_bad_row}
+    (batch,) = batches_of(llava_next, [sample], batch_size=1, **options)
+    # EXIF 6: the stored image is to be turned by a quarter clockwise
+    shown = picture(40, 20).rotate(-90, expand=True) if exif_rotation else picture(40, 20)
+    shown = squared(shown) if aspect == "pad" else shown
+    processor = AutoProcessor.from_pretrained(llava_next)
+    expected = processor.image_processor(images=[shown], return_tensors="pt")
+    assert torch.equal(batch["vision"]["pixel_values"], expected["pixel_values"])
+    # a tall image takes another number of tokens than a wide one
+    ids = batch["input_ids"][batch["attention_mask"].bool()].tolist()
+    assert [ids] == processor(images=[shown], text=sample.prompt + sample.target)["input_ids"]
+
+
+def test_a_video_s_header_is_read_once_and_equal_frames_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+
+    def read(path: Path, times: Sequence[float]) -> list[Image.Image]:
+        reads.append(len(times))
+        return [picture(40, 20) for _ in times]
+
+    monkeypatch.setattr("dora_lightning.videos.frames.read_frames", read)
+
+    def about(times: list[float]) -> Sample:
+        return Sample("<image>" * 4, " A.</s>", images=tuple(video_frames("v.mp4", times)))
+
+    questions = [about([number % 2, 2, 3, 4]) for number in range(20)]
+    assert [sizes for _, sizes in usable_samples(questions, "raise")] == [((40, 20),) * 4] * 20
+    assert reads == [1]
+    reads.clear()
+    usable_samples(questions, "skip")
+    assert reads == [4, 4]  # frames at two choices of times
