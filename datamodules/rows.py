@@ -1,11 +1,13 @@
-"""Reading rows from JSON and JSONL files, with errors that name the file, the row and the field."""
+"""Reading rows from files, with errors that name the file, the row and the field."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from datamodules.tables import is_table, table_rows
+from dora_lightning.files import json_rows
 
 Row: TypeAlias = dict[str, Any]
 OnBadRow: TypeAlias = Literal["raise", "skip"]
@@ -34,9 +36,11 @@ def read_rows(path: str | Path, required: Sequence[str] = (), on_bad_row: OnBadR
 
 
 def convert_file(path: str | Path, convert: Callable[[Row], T], on_bad_row: OnBadRow = "raise") -> list[T]:
-    """Read a file of rows, a JSON list of objects or JSONL (one object per line), and apply ``convert`` to each.
+    """Read a file of rows and apply ``convert`` to each.
 
-    Which of the two it is is seen from the first character, so the name of the file does not matter.
+    It is a JSON list of objects, JSONL (one object per line), or an object whose field ``data`` is such a list, plain
+    or gzipped, whatever its name; or a ``.csv`` or ``.tsv`` table, a Parquet file, or a folder that the
+    ``save_to_disk`` of ``datasets`` has written.
 
     Args:
         path: The file.
@@ -46,16 +50,13 @@ def convert_file(path: str | Path, convert: Callable[[Row], T], on_bad_row: OnBa
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is empty, is not UTF-8, is broken JSON, or holds a bad row and ``on_bad_row="raise"``;
-            or no good row is left. The message names the file, the row (from 1) or line, and what was expected.
+        ValueError: The file is empty, is not UTF-8, is broken or of another kind, or holds a bad row and
+            ``on_bad_row="raise"``; or no good row is left. The message names the file, the row (from 1) or line, and
+            what was expected.
     """
     path = Path(path)
-    text = _read_text(path)
-    if text.lstrip().startswith("["):
-        return convert_rows(_parse_list(path, text), convert, str(path), on_bad_row)
-    # not splitlines(): a JSON string may hold other line separators, such as U+2028, as they are
-    lines = ((f"line {number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
-    return _convert(lines, lambda line: convert(_object(_parse_line(line))), str(path), on_bad_row)
+    rows = table_rows(path) if is_table(path) else json_rows(path)
+    return _convert(rows, convert, str(path), on_bad_row)
 
 
 def convert_rows(
@@ -73,7 +74,7 @@ def convert_rows(
         ValueError: ``convert`` refused a row and ``on_bad_row="raise"``, or it refused all of them.
     """
     places = ((f"row {number}", row) for number, row in enumerate(rows, start=1))
-    return _convert(places, lambda row: convert(_object(row)), name, on_bad_row)
+    return _convert(places, convert, name, on_bad_row)
 
 
 def require_field(row: Row, field: str) -> str:
@@ -86,20 +87,36 @@ def require_field(row: Row, field: str) -> str:
         raise ValueError(f"field {field!r} is missing; the row has {', '.join(map(repr, row)) or 'no fields'}")
     value = row[field]
     if not isinstance(value, str):
-        raise ValueError(f"field {field!r} must be text, found {type(value).__name__}: {value!r}")
+        raise ValueError(f"field {field!r} must be text, found {type(value).__name__}: {value!r:.80}")
     if not value.strip():
         raise ValueError(f"field {field!r} is blank")
     return value
 
 
+def optional_text(row: Row, field: str) -> str:
+    """The text in ``row[field]``, as it stands; empty where the field is missing, null or blank.
+
+    Raises:
+        ValueError: It holds something else; a number is no text, 0 and false neither.
+    """
+    value = row.get(field)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"field {field!r} must be text, found {type(value).__name__}: {value!r:.80}")
+    return value if value.strip() else ""
+
+
 def _object(row: Any) -> Row:
+    if isinstance(row, ValueError):  # the reader's, of a row that is bad by itself
+        raise row
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with named fields, found {type(row).__name__}: {row!r:.80}")
     return row
 
 
 def _convert(
-    places: Iterable[tuple[str, Any]], convert: Callable[[Any], T], name: str, on_bad_row: OnBadRow
+    places: Iterable[tuple[str, Any]], convert: Callable[[Row], T], name: str, on_bad_row: OnBadRow
 ) -> list[T]:
     if on_bad_row not in ("raise", "skip"):
         raise ValueError(f"on_bad_row must be 'raise' or 'skip', found {on_bad_row!r}")
@@ -107,7 +124,7 @@ def _convert(
     bad: list[str] = []
     for place, row in places:
         try:
-            good.append(convert(row))
+            good.append(convert(_object(row)))
         except ValueError as error:
             message = f"{name}, {place}: {error}"
             if on_bad_row == "raise":
@@ -118,32 +135,3 @@ def _convert(
     if bad:
         rank_zero_warn(f"{name}: {len(bad)} of {len(good) + len(bad)} rows were skipped; the first: {bad[0]}")
     return good
-
-
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a JSON list of objects, or JSONL")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text, byte {error.start}: {error.reason}") from error
-    if not text.strip():
-        raise ValueError(f"{path}: the file is empty; expected a JSON list of objects, or JSONL")
-    return text
-
-
-def _parse_list(path: Path, text: str) -> list[Any]:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        # where a list breaks off, the rows after it are unknown, so this is never a row to skip
-        raise ValueError(
-            f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}; expected a list of objects"
-        ) from error
-
-
-def _parse_line(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"broken JSON at column {error.colno}: {error.msg}; expected one object per line") from error

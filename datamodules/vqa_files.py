@@ -1,6 +1,5 @@
 """The original files of VQAv2, GQA, VizWiz and TextVQA: LLaVA's question files, the official ones, and both joined."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, require_field
 from datamodules.vqa_rows import VisualQuestion, answer_texts, bare_question, gqa, textvqa, vizwiz, vqav2, without_ocr
 from datamodules.vqa_sets import EvaluationSet
+from dora_lightning import files
 
 
 def read_vqav2(where: EvaluationSet, on_bad_row: OnBadRow) -> list[VisualQuestion]:
@@ -182,13 +182,9 @@ def read_object(path: str) -> dict[str, Any] | None:
     Raises:
         ValueError: It is not JSON.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig").strip()
-        value, end = json.JSONDecoder().raw_decode(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
+    document = files.read_object(Path(path), "JSON or JSONL")
     # a JSONL file of one row is an object too, and is told by its field
-    return value if isinstance(value, dict) and end == len(text) and "question_id" not in value else None
+    return None if document is not None and "question_id" in document else document
 
 
 def require_object(path: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from dora_lightning.mt_bench.commands import mt_bench, mt_bench_judge, mt_bench_
 from dora_lightning.offline import generate, merge
 from dora_lightning.planning import plan
 from dora_lightning.runs import BEFORE_FILE, RESULT_FILE, next_version, read_result, unfinished_run, write_result
+from dora_lightning.terminal import printable, say
 from dora_lightning.training.run_report import held_out_table
 
 TRACEBACK_VARIABLE = "DORA_LIGHTNING_TRACEBACK"
@@ -213,7 +214,7 @@ class DoRACLI(LightningCLI):
             if before is not None:
                 Console().print(held_out_table(before, after))
             for label, path in run_files(self.trainer, folder, self.model).items():
-                Console().print(f"{label}: {path}", markup=False, highlight=False, soft_wrap=True)
+                say(f"{label}: {path}")
 
     def _validates(self) -> bool:
         source = self.model if self.datamodule is None else self.datamodule
@@ -255,7 +256,7 @@ def main(args: list[str] | None = None) -> None:
         # exits as the uncaught exception would, so in a run of several processes Lightning ends the others as ever
         rank = os.environ.get("LOCAL_RANK", "0")
         process = "" if rank == "0" else f" in process {rank}"
-        sys.exit(f"dora-lightning: error{process}: {_reason(error)}")
+        sys.exit(f"dora-lightning: error{process}: {printable(_reason(error))}")
 
 
 def _run(args: list[str] | None) -> None:

@@ -7,7 +7,6 @@ computed with in the first place, so the result is the same bit for bit.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -24,7 +23,9 @@ from torch.utils.data import DataLoader
 from dora_lightning.feature_batches import PixelBatches, VisualFile, batches_of, find_files, is_video, measure_file
 from dora_lightning.feature_files import FeatureFolder
 from dora_lightning.feature_rows import VIDEO_EVERY
+from dora_lightning.files import read_json
 from dora_lightning.open_clip_tower import POOLED, OpenClipTower, OpenClipVision, build_tower
+from dora_lightning.terminal import say
 
 
 def extract_features(
@@ -114,7 +115,7 @@ def extract_features(
     line = f"Features of {len(wanted) - len(run.bad)} files: {folder.path}" + (
         f" ({there} were there)" if there else ""
     )
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    say(line, console)
     if bad:
         raise ValueError(
             f"{len(bad)} of {len(paths)} files were left out:\n" + "\n".join(bad[path] for path in sorted(bad))
@@ -183,7 +184,7 @@ def _vision(model: str, pretrained: str | None, kind: Any, random_seed: int | No
     if not path.is_file():
         raise FileNotFoundError(f"model: no open_clip model config at {path}")
     try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
+        whole = read_json(path)
         config = whole["vision_cfg"] | {"embed_dim": whole["embed_dim"], "quick_gelu": whole.get("quick_gelu", False)}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dora_lightning.files import write_text_atomically
+from dora_lightning.files import read_json, write_text_atomically
 
 SETTINGS_FILE = "features.json"
 OWN_SUFFIX, H5_SUFFIX, NPZ_SUFFIX = ".safetensors", ".h5", ".npz"
@@ -86,12 +86,9 @@ class FeatureFolder:
     def settings(self) -> dict[str, Any] | None:
         """What made the features, as ``features.json`` tells; None where it is not told, as in published folders."""
         path = self.path / SETTINGS_FILE
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not path.is_file():
             return None
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+        settings = read_json(path, "the settings that made the features, as JSON")
         if not isinstance(settings, dict):
             raise ValueError(f"{path}: expected an object with the settings, found {type(settings).__name__}")
         return settings

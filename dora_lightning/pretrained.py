@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from transformers import (
 )
 
 from dora_lightning.adapters.quantized import keep_packing
+from dora_lightning.files import read_json
 from dora_lightning.gguf import convert_gguf, gguf_of_package
 from dora_lightning.images import IMAGE
 
@@ -117,9 +117,11 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     if not index.is_file():
         raise FileNotFoundError(f"{folder} holds no model.safetensors, nor an index of several")
-    files = [
-        folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    ]
+    content = read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index}: expected an object 'weight_map' with a file's name for each weight")
+    files = [folder / name for name in sorted(set(names.values()))]
     if missing := [file.name for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{folder} lacks {missing[0]}, which {index.name} names")
     return files

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
+from dora_lightning.files import json_bytes, json_lines
 from tasks.submissions import file_part, natural_order
 
 Record = dict[str, Any]
@@ -44,11 +44,9 @@ def caption_files(records: Sequence[Record], results_name: str | None = None) ->
         clips = [_clip(row) for row in rows if row.get("clip_id") is not None]
         images = [{"image_id": row["image_id"], "caption": row["pred"]} for row in rows if row.get("clip_id") is None]
         if clips:
-            lines = [json.dumps(clip, ensure_ascii=False) + "\n" for clip in clips]
-            files[f"{safe}_submission.jsonl"] = "".join(lines).encode()
+            files[f"{safe}_submission.jsonl"] = json_lines(clips)
         if images:
-            content = json.dumps(images, ensure_ascii=False)
-            files[f"captions_{results_name or safe}_results.json"] = content.encode()
+            files[f"captions_{results_name or safe}_results.json"] = json_bytes(images)
     return files
 
 

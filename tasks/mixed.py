@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from torch import Tensor, nn
 
 from dora_lightning.data import Sample
 from dora_lightning.gathering import gather
 from dora_lightning.task import Task
+from dora_lightning.terminal import PlainTable
 from tasks.submissions import file_part
 
 
@@ -146,7 +146,7 @@ class Mixed(Task):
 
     def table(self, metrics: dict[str, Tensor]) -> RenderableType:
         """The headline numbers and their mean, times 100, and the tables of the tasks; after :meth:`compute`."""
-        headlines = Table(title="Headline numbers (x 100)", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+        headlines = PlainTable(title="Headline numbers (x 100)", box=box.SIMPLE_HEAD, padding=(0, 1))
         headlines.add_column("data set", overflow="fold")
         headlines.add_column("measure")
         headlines.add_column("score", justify="right")

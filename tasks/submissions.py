@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import json
 import re
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dora_lightning.files import json_bytes, json_lines, json_rows, read_object
 from dora_lightning.metrics import normalize_answer
 from tasks.vqa_protocols import LETTERS, benchmark_of
 
@@ -53,7 +53,7 @@ def submission_files(
         elif benchmark == "mmbench":
             files["mmbench_submission.xlsx"] = _mmbench(rows)
         elif benchmark in _SHORT:
-            files[f"{benchmark}_submission.json"] = _json([_SHORT[benchmark](row) for row in rows])
+            files[f"{benchmark}_submission.json"] = json_bytes([_SHORT[benchmark](row) for row in rows])
     return files
 
 
@@ -80,20 +80,23 @@ def read_question_ids(path: str | Path) -> list[Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no question file at {path}")
-    text = path.read_text(encoding="utf-8")
-    try:
-        if path.suffix == ".jsonl":
-            questions = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            questions = json.loads(text)["questions"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f'{path}: expected {{"questions": [...]}}, or one question a line in a .jsonl file ({error!r})'
-        ) from error
-    for number, question in enumerate(questions, 1):
-        if not isinstance(question, dict) or "question_id" not in question:
-            raise ValueError(f"{path}: question {number} has no question_id, it is {str(question)[:80]}")
-    return [question["question_id"] for question in questions]
+    expected = 'one object {"questions": [...]}, or one question a line (JSONL)'
+    document = read_object(path, expected)
+    if document is None or "question_id" in document:
+        return [_question_id(question, f"{path}, {place}") for place, question in json_rows(path, expected)]
+    questions = document.get("questions")
+    if not isinstance(questions, list):
+        raise ValueError(f"{path}: expected {expected}; the object has {', '.join(map(repr, document)) or 'no fields'}")
+    return [_question_id(question, f"{path}, question {number}") for number, question in enumerate(questions, 1)]
+
+
+def _question_id(question: Any, place: str) -> int | str:
+    if isinstance(question, ValueError):
+        raise ValueError(f"{place}: {question}")
+    found = question.get("question_id") if isinstance(question, dict) else None
+    if isinstance(found, bool) or not isinstance(found, int | str):
+        raise ValueError(f"{place}: expected an object with a number or text in 'question_id', found {question!r:.80}")
+    return found
 
 
 def natural_order(question_id: Any) -> list[Any]:
@@ -102,8 +105,9 @@ def natural_order(question_id: Any) -> list[Any]:
     >>> sorted([10, 9, "a10", "a9"], key=natural_order)
     [9, 10, 'a9', 'a10']
     """
-    # text and number take turns, so that like is compared with like
-    return [int(part) if odd % 2 else part for odd, part in enumerate(re.split(r"([0-9]+)", str(question_id)))]
+    # text and number take turns, so that like is compared with like; a number of any length by its digits
+    parts = enumerate(re.split(r"0*([0-9]+)", str(question_id)))
+    return [(len(part), part) if odd % 2 else part for odd, part in parts]
 
 
 def file_part(name: str) -> str:
@@ -123,10 +127,6 @@ def _field(record: Record, name: str) -> Any:
     if name not in record:
         raise ValueError(f"{record['source']}: a row has no {name!r}, which its submission file needs: {record}")
     return record[name]
-
-
-def _json(content: Any, indent: int | None = None) -> bytes:
-    return json.dumps(content, indent=indent).encode()
 
 
 def _processed(record: Record) -> str:
@@ -159,8 +159,8 @@ def _llava_answers(rows: Sequence[Record], model_id: str) -> bytes:
             "model_id": model_id,
             "metadata": {},
         }
-        lines.append(json.dumps(line) + "\n")
-    return "".join(lines).encode()
+        lines.append(line)
+    return json_lines(lines)
 
 
 def _asked(row: Record) -> str:
@@ -171,7 +171,7 @@ def _asked(row: Record) -> str:
 def _vqav2(rows: Sequence[Record], question_ids: Iterable[Any] | None) -> bytes:
     answers = {row["question_id"]: _processed(row) for row in rows}
     wanted = list(answers if question_ids is None else question_ids)
-    return _json([{"question_id": question_id, "answer": answers.get(question_id, "")} for question_id in wanted])
+    return json_bytes([{"question_id": question_id, "answer": answers.get(question_id, "")} for question_id in wanted])
 
 
 def _scienceqa(rows: Sequence[Record]) -> dict[str, bytes]:
@@ -201,7 +201,10 @@ def _scienceqa(rows: Sequence[Record]) -> dict[str, bytes]:
         "results": indices,
         "outputs": outputs,
     }
-    return {"scienceqa_output.json": _json(judged, indent=2), "scienceqa_result.json": _json(result, indent=2)}
+    return {
+        "scienceqa_output.json": json_bytes(judged, indent=2),
+        "scienceqa_result.json": json_bytes(result, indent=2),
+    }
 
 
 def _mmbench(rows: Sequence[Record]) -> bytes:

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich import box
-from rich.table import Table
 from torch import Tensor
 
+from dora_lightning.terminal import PlainTable
 
-def data_set_table(title: str, columns: Mapping[str, str], metrics: Mapping[str, Tensor], light: bool = False) -> Table:
+
+def data_set_table(
+    title: str, columns: Mapping[str, str], metrics: Mapping[str, Tensor], light: bool = False
+) -> PlainTable:
     """Data sets in rows, measures in columns, all times 100; the mean comes last.
 
     Args:
@@ -20,7 +23,7 @@ def data_set_table(title: str, columns: Mapping[str, str], metrics: Mapping[str,
         light: without lines between columns, so that many measures fit in 80 columns.
     """
     style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1)} if light else {}
-    table = Table(title=title, title_justify="left", **style)
+    table = PlainTable(title=title, **style)
     table.add_column("data set", overflow="fold" if light else "ellipsis")
     for heading in columns.values():
         table.add_column(heading, justify="right")

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from torch import Tensor
 
+from dora_lightning.terminal import PlainTable
 from tasks.vqa_protocols import benchmark_of
 
 _MEASURES = ("accuracy", "f1", "ranking", "majority", "unparsed")
@@ -42,10 +42,10 @@ def results_table(results: Mapping[str, Tensor]) -> RenderableType:
 
 def _table(
     title: str, first: str, rows: Sequence[str], measures: Sequence[str], results: Mapping[str, Tensor], cut: str = ""
-) -> Table:
+) -> PlainTable:
     present = [measure for measure in measures if any(f"{row}/{measure}" in results for row in rows)]
     # light, so that all measures fit in 80 columns
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = PlainTable(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column(first, overflow="fold")
     for measure in present:
         table.add_column("F1" if measure == "f1" else measure.replace("_", "\n"), justify="right", vertical="bottom")

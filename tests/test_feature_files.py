@@ -199,7 +199,7 @@ def test_features_of_unknown_origin_are_not_mixed_with(tmp_path: Path) -> None:
     write_h5(tmp_path / "a.h5", numbers(2, 3))
     with pytest.raises(ValueError, match=r"holds features already, a among them, and no features.json"):
         folder(tmp_path).claim({"model": "RN101"})
-    for content, message in {"{": "is not JSON", "[]": "expected an object"}.items():
+    for content, message in {"{": "broken JSON", "[]": "expected an object"}.items():
         (tmp_path / "features.json").write_text(content)
         with pytest.raises(ValueError, match=rf"features.json.*{message}"):
             folder(tmp_path).check_settings({})

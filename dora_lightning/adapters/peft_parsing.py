@@ -6,7 +6,6 @@ Beside PEFT's own, the spellings of the magnitude that others write are read: th
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from torch import Tensor
 from dora_lightning.adapters.config import by_pattern
 from dora_lightning.adapters.initialization import draws_from_weight
 from dora_lightning.adapters.peft_format import CONFIG_NAME, TENSORS_NAME, listing
+from dora_lightning.files import read_json
 
 _KEY = re.compile(
     r"base_model\.model\.(?P<module>.+)\."
@@ -119,10 +119,7 @@ def _read_options(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no PEFT adapter folder: it has no {CONFIG_NAME}")
-    try:
-        options = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{CONFIG_NAME} is not JSON: {error}") from error
+    options = read_json(path)
     if not isinstance(options, dict):
         raise ValueError(f"{CONFIG_NAME} must hold an object, got a {type(options).__name__}")
     if options.get("peft_type") not in _DEFAULTS:

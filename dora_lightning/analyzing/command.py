@@ -14,6 +14,7 @@ from dora_lightning.analyzing.report import as_json, report
 from dora_lightning.analyzing.sources import collect
 from dora_lightning.files import write_text_atomically
 from dora_lightning.plots import can_plot
+from dora_lightning.terminal import say
 
 JSON_FILE, PLOT_FILE = "analysis.json", "learning_pattern.png"
 
@@ -50,7 +51,7 @@ def analyze(
         lines.append(f"Plot: {plot_pattern(records, folder / PLOT_FILE)}")
     else:
         lines.append("No plot, for want of matplotlib: pip install 'dora-lightning[plots]'")
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    say("\n".join(lines), console)
 
 
 def _check_regex(modules: list[str] | str | None) -> None:

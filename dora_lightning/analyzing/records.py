@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from dora_lightning.adapters.analysis import Correlation, WeightChange, correlation
-from dora_lightning.files import write_text_atomically
+from dora_lightning.files import json_rows, write_text_atomically
 
 PATTERN_FILE = "learning_pattern.jsonl"
 
@@ -110,13 +110,15 @@ def read_records(path: Path) -> list[Record]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no learning pattern at {path}: the callback WeightDecomposition writes one")
+    names = ", ".join(field.name for field in fields(Record))
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for place, row in json_rows(path, f"JSON objects with {names}"):
         try:
-            record = Record(**json.loads(line))
+            if isinstance(row, ValueError):
+                raise row
+            record = Record(**row)
             float(record.delta_m), float(record.delta_d), int(record.step)
         except (ValueError, TypeError) as error:
-            names = ", ".join(field.name for field in fields(Record))
-            raise ValueError(f"{path}, line {number}: expected a JSON object with {names}: {error}") from error
+            raise ValueError(f"{path}, {place}: expected a JSON object with {names}: {error}") from error
         records.append(record)
     return records

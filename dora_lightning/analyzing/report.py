@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 
 from dora_lightning.adapters.analysis import Correlation
 from dora_lightning.analyzing.records import Record, TypePattern, pattern_of, patterns_of
+from dora_lightning.terminal import PlainTable, plain
 
 HELPS_ABOVE = 0.3
 """Correlation of a LoRA run above which DoRA is likely to help: LoRA's is +0.83 in the paper, DoRA's -0.31."""
@@ -69,7 +69,7 @@ def report(records: Sequence[Record]) -> RenderableType:
     """The table, and the quick check below it."""
     last = max(record.step for record in records)
     steps = len({record.step for record in records})
-    table = Table(title=f"Learning pattern at step {last}", title_justify="left")
+    table = PlainTable(title=f"Learning pattern at step {last}")
     table.add_column("module type")
     over_steps = [f"r, {steps} steps"] if steps > 1 else []
     for column in ("modules", "mean ΔM", "mean ΔD", *over_steps, "r, last step" if steps > 1 else "r"):
@@ -86,7 +86,7 @@ def report(records: Sequence[Record]) -> RenderableType:
         names = ", ".join(check.magnitude_only)
         lines.append(f"Directions hardly move, and magnitudes do, in {names}: try magnitude_only_modules: [{names}].")
     reasons = {f"{kind}: no r: {p.correlation.reason}" for kind, p in patterns.items() if p.correlation.reason}
-    return Group(table, *sorted(reasons), *lines)
+    return Group(table, *map(plain, [*sorted(reasons), *lines]))
 
 
 def as_json(records: Sequence[Record]) -> dict[str, Any]:

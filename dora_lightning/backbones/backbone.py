@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_lightning.adapters import AdapterConfig, inject_adapters
 from dora_lightning.data import Sample
-from dora_lightning.files import write_bytes_atomically
+from dora_lightning.files import json_lines, write_bytes_atomically
 from dora_lightning.gathering import gather
 from dora_lightning.task import Task
 from dora_lightning.training.adapter_checkpoint import frozen_names
@@ -245,24 +244,30 @@ class Backbone(LightningModule):
         self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()})
         if self.trainer.sanity_checking:
             return
-        if stage == "test" and self.trainer.is_global_zero:
-            Console().print(self.task.table(metrics))
-        self._write_records(f"{stage}_predictions.jsonl", self.task.records(), self.task if stage == "test" else None)
-
-    def _write_records(self, name: str, records: list[dict[str, Any]], task: Task | None = None) -> None:
-        """Write the records of all processes, and what a task makes of them; to be called on every process."""
-        log_dir = self.trainer.log_dir  # asks the first process
-        gathered = gather(records)
-        if log_dir is None or not self.trainer.is_global_zero:
+        # the answers first: nothing that is made of them is worth losing them
+        folder, gathered = self._write_records(f"{stage}_predictions.jsonl", self.task.records())
+        if stage != "test" or not self.trainer.is_global_zero:
             return
-        folder = Path(log_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in gathered)
-        write_bytes_atomically(folder / name, lines.encode())
-        rank_zero_info(f"Predictions: {folder / name}")
-        for extra, content in (task.files(gathered) if task is not None else {}).items():
-            write_bytes_atomically(folder / extra, content)
-            rank_zero_info(f"Written: {folder / extra}")
+        Console().print(self.task.table(metrics))
+        for name, content in (self.task.files(gathered) if folder is not None else {}).items():
+            assert folder is not None
+            write_bytes_atomically(folder / name, content)
+            rank_zero_info(f"Written: {folder / name}")
+
+    def _write_records(self, name: str, records: list[dict[str, Any]]) -> tuple[Path | None, list[dict[str, Any]]]:
+        """Write the records of all processes; to be called on every process.
+
+        Returns:
+            The run's folder, None where there is none, and the records.
+        """
+        log_dir = self.trainer.log_dir  # asks the first process
+        folder = Path(log_dir) if log_dir is not None else None
+        gathered = gather(records)
+        if folder is not None and self.trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_bytes_atomically(folder / name, json_lines(gathered))
+            rank_zero_info(f"Predictions: {folder / name}")
+        return folder, gathered
 
     # Checkpoints -------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ from dora_lightning.files import write_text_atomically
 from dora_lightning.gathering import gather
 from dora_lightning.plots import can_plot
 from dora_lightning.runs import BEFORE_FILE, read_result
+from dora_lightning.terminal import say
 from dora_lightning.training.run_curves import draw_run
 from dora_lightning.training.run_facts import Progress, RunFacts, peak_memory, samples_in
 from dora_lightning.training.run_report import TITLE, Ending, markdown_report, terminal_report
@@ -220,7 +221,7 @@ class RunSummary(Callback):
             self._write(trainer, page, ending)
         Console().print(terminal_report(facts, ending), soft_wrap=False)
         for label, text in ending.lines().items():
-            Console().print(f"{label}: {text}", markup=False, highlight=False, soft_wrap=True)
+            say(f"{label}: {text}")
 
     def _write(self, trainer: Trainer, folder: Path, ending: Ending) -> None:
         assert self.facts is not None

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from dora_lightning.comparing.cells import make_cells
 from dora_lightning.comparing.checking import parse_cells
@@ -18,6 +16,7 @@ from dora_lightning.comparing.report import write_report
 from dora_lightning.comparing.results import read_result
 from dora_lightning.comparing.running import Runner, StoppedError
 from dora_lightning.comparing.study import Study, read_study
+from dora_lightning.terminal import PlainTable, say
 
 
 def compare(cli: type[LightningCLI], args: list[str]) -> None:
@@ -57,15 +56,11 @@ def compare(cli: type[LightningCLI], args: list[str]) -> None:
     parse_cells(cli, study.configs, list(distinct.values()), lambda cell, config: None)
     jobs = min(jobs, max(1, len(open_cells)))
     done = len(folders) - sum(folder.run is None for folder in folders)
-    console.print(
-        f"{escape(study.title)}: {len(cells)} cells in {study.folder}, {done} done, {len(open_cells)} to run",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(f"{study.title}: {len(cells)} cells in {study.folder}, {done} done, {len(open_cells)} to run", console)
     try:
         Runner(study, len(cells), jobs, devices, console).run(open_cells)
     except StoppedError as stop:
-        console.print(f"Stopped by {stop}; the same command goes on from here", highlight=False)
+        say(f"Stopped by {stop}; the same command goes on from here", console)
         sys.exit(130)
     if options.cell is None:
         _report(study, folders, console)
@@ -96,8 +91,8 @@ def _chosen(folders: list[CellFolder], wanted: str) -> CellFolder:
     raise ValueError(f"--cell {wanted}: the study has cells 0 to {len(folders) - 1}; --list shows them")
 
 
-def _listing(study: Study, folders: list[CellFolder]) -> Table:
-    table = Table(title=f"{escape(study.title)}: {len(folders)} cells in {study.folder}", title_justify="left")
+def _listing(study: Study, folders: list[CellFolder]) -> PlainTable:
+    table = PlainTable(title=f"{study.title}: {len(folders)} cells in {study.folder}")
     table.add_column("", justify="right")
     table.add_column("cell", no_wrap=True)
     for name in (*(axis.name for axis in study.axes), *(["seed"] if study.seeds else []), "state"):
@@ -117,4 +112,4 @@ def _listing(study: Study, folders: list[CellFolder]) -> Table:
 
 def _report(study: Study, folders: list[CellFolder], console: Console) -> None:
     path = write_report(study, folders)
-    console.print(f"Report: {path}", markup=False, highlight=False, soft_wrap=True)
+    say(f"Report: {path}", console)

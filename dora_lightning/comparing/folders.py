@@ -13,9 +13,9 @@ import yaml
 
 import dora_lightning
 from dora_lightning.comparing.cells import Cell, canonical
-from dora_lightning.files.locks import FolderLock
 from dora_lightning.comparing.study import Study, load_yaml
 from dora_lightning.files import write_text_atomically
+from dora_lightning.files.locks import FolderLock
 from dora_lightning.runs import RESULT_FILE, unfinished_run, write_result
 
 CELL_FILE, FAILURE_FILE, ATTEMPTS_FILE = "cell.json", "failed.json", "attempts.json"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from dora_lightning.comparing.figures import LOSS_NOTE, draw_figures
 from dora_lightning.comparing.folders import DONE, CellFolder
-from dora_lightning.files.locks import held
 from dora_lightning.comparing.results import Group, Result, best_group, group_results, read_result, within_spread
 from dora_lightning.comparing.study import Metric, Study
 from dora_lightning.files import write_text_atomically
+from dora_lightning.files.locks import held
 from dora_lightning.plots import can_plot
 
 REPORT_FILE, RESULTS_FILE = "report.md", "results.csv"

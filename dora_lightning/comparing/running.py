@@ -19,6 +19,7 @@ from rich.markup import escape
 from dora_lightning.comparing.folders import DONE, CellFolder
 from dora_lightning.comparing.results import read_result
 from dora_lightning.comparing.study import Study
+from dora_lightning.terminal import printable
 from dora_lightning.training.run_report import duration
 
 PATIENCE = 60.0
@@ -146,11 +147,11 @@ class Runner:
                 self._say(folder, f"{self._scores(folder)}; {duration(seconds)}")
             except ValueError as error:
                 # it has finished, so another run would give the same: the study names what is not there
-                self._say(folder, f"[red]{escape(str(error))}[/red]")
+                self._say(folder, f"[red]{escape(printable(str(error)))}[/red]")
         else:
             reason = _reason(code)
             folder.fail(reason)
-            lines = "\n    ".join(escape(line) for line in folder.last_lines())
+            lines = "\n    ".join(escape(printable(line)) for line in folder.last_lines())
             self._say(folder, f"[red]failed[/red] ({reason}) after {duration(seconds)}; log {folder.log}\n    {lines}")
         folder.lock.release()
 

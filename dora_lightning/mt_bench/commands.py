@@ -18,6 +18,7 @@ from dora_lightning.mt_bench.judge_client import chat_client
 from dora_lightning.mt_bench.questions import read_answers, read_questions
 from dora_lightning.mt_bench.scores import read_judgments, score_table, scores
 from dora_lightning.offline import load_finished
+from dora_lightning.terminal import say
 
 
 def mt_bench(
@@ -57,7 +58,7 @@ def mt_bench(
     answered = answer_questions(
         asked, answer, tokenizer, file, name, template, max_new_tokens, batch_size, seed, report
     )
-    _say(f"Answers: {file} ({answered} of {len(asked)} questions answered now)")
+    say(f"Answers: {file} ({answered} of {len(asked)} questions answered now)")
 
 
 def mt_bench_judge(
@@ -102,7 +103,7 @@ def mt_bench_judge(
         workers,
         _reporter("judged"),
     )
-    _say(f"Judgments: {file} ({judged} turns judged now)")
+    say(f"Judgments: {file} ({judged} turns judged now)")
 
 
 def mt_bench_scores(judgments: list[str] | str, questions: str | None = None, output: str | None = None) -> None:
@@ -132,10 +133,6 @@ def _model_id(model: str) -> str:
 
 def _reporter(what: str) -> Callable[[int, int], None]:
     def report(done: int, count: int) -> None:
-        _say(f"{what} {done} of {count}")
+        say(f"{what} {done} of {count}")
 
     return report
-
-
-def _say(text: str) -> None:
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)

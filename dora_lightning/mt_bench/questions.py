@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dora_lightning.files import json_rows
 
 _TEMPERATURES = {
     "writing": 0.7,
@@ -77,21 +78,18 @@ def read_lines(path: Path, convert: Callable[[dict[str, Any]], Any]) -> list[Any
         FileNotFoundError: there is no such file.
         ValueError: a line is no JSON object, ``convert`` refused it, or there are none.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected one JSON object a line")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
+    for place, row in json_rows(path, "one JSON object a line"):
         try:
-            row = json.loads(line)
+            if isinstance(row, ValueError):
+                raise row
             if not isinstance(row, dict):
                 raise ValueError(f"expected an object, found {row!r:.80}")
             rows.append(convert(row))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            raise ValueError(f"{path}, {place}: {error}") from error
     if not rows:
-        raise ValueError(f"{path} is empty")
+        raise ValueError(f"{path}: the file holds no row")
     return rows
 
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.table import Table
-
 from dora_lightning.mt_bench.questions import Question, field, read_lines
+from dora_lightning.terminal import PlainTable
 
 NO_SCORE = -1
 """Score of a judgment in which no rating was found; it is left out of every mean."""
@@ -71,9 +70,9 @@ def scores(judgments: Sequence[dict[str, Any]], questions: Sequence[Question] = 
     return sorted(results, key=lambda result: -(result.mean or 0))
 
 
-def score_table(results: Sequence[ModelScores]) -> Table:
+def score_table(results: Sequence[ModelScores]) -> PlainTable:
     """Models in columns; turns, their mean and categories in rows."""
-    table = Table(title="MT-Bench (1 to 10)", title_justify="left")
+    table = PlainTable(title="MT-Bench (1 to 10)")
     table.add_column("")
     for result in results:
         table.add_column(result.model, justify="right", overflow="fold")

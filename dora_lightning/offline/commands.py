@@ -13,10 +13,11 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from dora_lightning.backbones import DoRALlava, DoRAVLBart
-from dora_lightning.files import write_text_atomically
+from dora_lightning.files import json_rows, read_text, write_text_atomically
 from dora_lightning.llava_parts import LlavaParts, resolve_llava
 from dora_lightning.offline.models import TextModel, load_model
 from dora_lightning.offline.shown import Shown
+from dora_lightning.terminal import say
 from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint, read_adapter_checkpoint
 from dora_lightning.training.merging import merge_to_folder
 from dora_lightning.vl_bart import VLBartParts, resolve_vl_bart
@@ -35,7 +36,7 @@ def merge(checkpoint: str, output: str, base: str | None = None, overwrite: bool
     """
     adapter = read_adapter_checkpoint(checkpoint)
     folder = merge_to_folder(_base_of(checkpoint, adapter, base), adapter, output, overwrite)
-    Console().print(f"Merged model: {folder}", markup=False, highlight=False, soft_wrap=True)
+    say(f"Merged model: {folder}")
 
 
 def generate(
@@ -147,21 +148,22 @@ def _template_for(model: TextModel, template: str | None) -> str:
 def _read_prompts(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"no file of prompts at {path}")
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        if path.suffix == ".jsonl":
-            try:
-                line = json.loads(line)["prompt"]
-                if not isinstance(line, str):
-                    raise TypeError(f"expected text, found {line!r}")
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f'{path}, line {number}: expected a JSON object with a field "prompt"') from error
-        found.append(line)
+    if path.suffix in (".jsonl", ".json"):
+        found = [_prompt_of(row, f"{path}, {place}") for place, row in json_rows(path, 'rows with a field "prompt"')]
+    else:
+        found = [line for line in read_text(path).split("\n") if line.strip()]
     if not found:
         raise ValueError(f"{path} holds no prompt")
     return found
+
+
+def _prompt_of(row: Any, place: str) -> str:
+    if isinstance(row, ValueError):
+        raise ValueError(f"{place}: {row}")
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f'{place}: expected a JSON object with text in the field "prompt", found {row!r:.80}')
+    return prompt
 
 
 def _fill(template: str, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:

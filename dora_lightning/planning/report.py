@@ -6,11 +6,11 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 
 from dora_lightning.planning.devices import GIB
 from dora_lightning.planning.memory import FSDP2, Memory
 from dora_lightning.planning.planner import Outcome, Plan
+from dora_lightning.terminal import PlainTable, plain
 
 _PARTS = {
     "base": "base weights",
@@ -28,7 +28,7 @@ _PARTS = {
 
 def report(plan: Plan) -> RenderableType:
     """Tables of parameters, memory and speed, and what to do."""
-    return Group(_parameters(plan), _memory(plan), *_notes(plan), "", advice(plan))
+    return Group(_parameters(plan), _memory(plan), *_notes(plan), "", plain(advice(plan)))
 
 
 def advice(plan: Plan) -> str:
@@ -111,10 +111,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _parameters(plan: Plan) -> Table:
+def _parameters(plan: Plan) -> PlainTable:
     weights = plan.weights
     share = weights.trainable / (weights.base + sum(_added(plan).values()))
-    table = Table(title=f"{plan.model.name}: parameters", title_justify="left", show_footer=True)
+    table = PlainTable(title=f"{plan.model.name}: parameters", show_footer=True)
     table.add_column("part", footer="trains")
     table.add_column("parameters", justify="right", footer=f"{weights.trainable:,} ({share:.2%})")
     table.add_row("base", f"{weights.base:,}", end_section=True)
@@ -128,11 +128,11 @@ def _added(plan: Plan) -> dict[str, int]:
     return {group: count for group, count in plan.weights.groups.items() if group != "other"}
 
 
-def _memory(plan: Plan) -> Table:
+def _memory(plan: Plan) -> PlainTable:
     step, settings = plan.step, plan.settings
     where = "" if plan.devices == 1 else "each of "
     title = f"GiB on {where}{_devices(plan.devices)}: {settings.batch_size} x {step.length:,} tokens"
-    table = Table(title=title, title_justify="left")
+    table = PlainTable(title=title)
     table.add_column("part")
     for outcome in plan.outcomes:
         table.add_column(
@@ -145,7 +145,8 @@ def _memory(plan: Plan) -> Table:
             table.add_row(_PARTS[name], *map(_gib, values), end_section=name == rows[-1])
     table.add_row("at most at once", *(_gib(o.memory.total) for o in plan.outcomes))
     table.add_row(
-        f"fits {plan.memory / GIB:g} GiB", *("[green]yes[/]" if o.fits else "[red]no[/]" for o in plan.outcomes)
+        f"fits {plan.memory / GIB:g} GiB",
+        *(plain("yes", "green") if o.fits else plain("no", "red") for o in plan.outcomes),
     )
     table.add_row("largest batch", *(f"{o.largest_batch:,}" for o in plan.outcomes), end_section=True)
     table.add_row("tokens/s, all", *(f"{o.tokens_per_second:,.0f}" for o in plan.outcomes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from dora_lightning.adapters import AdapterConfig
+from dora_lightning.files import json_rows
 from dora_lightning.planning.options import PlanOptions
 
 _COVERED = {"DoRALlama": 1, "DoRALlamaDPO": 2}
@@ -199,8 +200,8 @@ def _samples(data: Namespace) -> int | None:
     path = data.get("train_file")
     rows = None
     if path is not None and Path(path).is_file():
-        text = Path(path).read_text(encoding="utf-8")
-        rows = len(json.loads(text)) if text.lstrip().startswith("[") else sum(1 for line in text.splitlines() if line)
-        rows = max(1, rows - (data.get("val_size") or 0))
+        with suppress(ValueError):  # of a table, or a file that `fit` refuses, the plan tells the time of a step alone
+            rows = sum(1 for _ in json_rows(Path(path)))
+            rows = max(1, rows - (data.get("val_size") or 0))
     limits = [value for value in (rows, data.get("limit_train"), data.get("train_size")) if isinstance(value, int)]
     return min(limits, default=None)

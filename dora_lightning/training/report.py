@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-
 from dora_lightning.adapters.summary import AdapterSummary
+from dora_lightning.terminal import PlainTable
 
 
-def summary_table(summary: AdapterSummary) -> Table:
+def summary_table(summary: AdapterSummary) -> PlainTable:
     """Modules that were adapted, parameters per group, and their share of the whole."""
-    table = Table(title="Adapters", title_justify="left", show_footer=True)
+    table = PlainTable(title="Adapters", show_footer=True)
     table.add_column("adapted", footer="trains")
     table.add_column("how", footer=f"of {summary.total:,} parameters")
     table.add_column("count", justify="right", footer=f"{summary.trainable:,} ({summary.share:.2%})")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 
 from dora_lightning.adapters import AdapterConfig
+from dora_lightning.terminal import PlainTable
 from dora_lightning.training.run_facts import RunFacts
 
 TITLE = "# Run summary"
@@ -42,7 +42,7 @@ class Ending:
 
 def terminal_report(facts: RunFacts, ending: Ending) -> RenderableType:
     """What was held out before and after, if that is known, and what the run took."""
-    table = Table(title="Run summary", title_justify="left", show_header=False)
+    table = PlainTable(title="Run summary", show_header=False)
     table.add_column("")
     table.add_column("")
     for name, text in run_rows(facts, ending).items():
@@ -54,7 +54,7 @@ def held_out_table(before: Mapping[str, float], after: Mapping[str, float]) -> R
     """Held-out results: data sets in rows, measures in columns, the loss below."""
     shared = [name.removeprefix("val/") for name in before if name in after]
     measures = list(dict.fromkeys(name.rpartition("/")[2] for name in shared if "/" in name))
-    table = Table(title="Held-out results before -> after", title_justify="left")
+    table = PlainTable(title="Held-out results before -> after")
     table.add_column("")
     for measure in measures:
         table.add_column(f"{measure} (%)", justify="right")

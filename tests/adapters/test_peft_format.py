@@ -530,7 +530,7 @@ def test_folders_that_hold_no_adapter(load: Load, tmp_path: Path) -> None:
     assert_refused(load(), folder, "it has no adapter_model.safetensors", FileNotFoundError)
     (folder / "adapter_model.bin").write_bytes(b"a pickle")
     assert_refused(load(), folder, "adapter_model.bin, a pickle, which is never read")
-    for text, message in (("{", "is not JSON"), ("[]", "must hold an object, got a list")):
+    for text, message in (("{", "adapter_config.json: broken JSON"), ("[]", "must hold an object, got a list")):
         (folder / "adapter_config.json").write_text(text)
         assert_refused(load(), folder, message)
 

@@ -35,7 +35,7 @@ def test_missing_file(tmp_path: Path) -> None:
     [
         (" \n", r"rows\.json: the file is empty"),
         ("[]", r"rows\.json: no usable row"),
-        ('[{"a": 1},\n {"a" 2}]', r"rows\.json: broken JSON at line 2, column 7"),
+        ('[{"instruction": "a", "answer": "b"},\n {"a" 2}]', r"rows\.json: broken JSON at line 2, column 7"),
         ('{"instruction": "a", "answer": "b"}\n{"a": }', r"rows\.json, line 2: broken JSON at column 7"),
         (json.dumps([GOOD, ["a"]]), r"rows\.json, row 2: expected an object with named fields, found list"),
         ("3\n", r"rows\.json, line 1: expected an object with named fields, found int"),

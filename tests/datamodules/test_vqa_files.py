@@ -220,9 +220,9 @@ def test_textvqa_from_llavas_file(tmp_path: Path, images: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", r"q\.json: not a JSON file"),
+        ("{", r"q\.json: broken JSON at line 1, column 2"),
         ('{"data_subtype": "val2014"}', r"q\.json: expected a JSON object with a list 'questions'"),
-        ("", r"q\.json: not a JSON file"),
+        ("", r"q\.json: the file is empty"),
     ],
 )
 def test_files_that_are_broken(tmp_path: Path, content: str, message: str) -> None:

@@ -60,7 +60,7 @@ def test_the_published_questions() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"question\.jsonl, line 2: Expecting"),
+        ("{", r"question\.jsonl, line 2: broken JSON at column 2"),
         ("[]", r"question\.jsonl, line 2: expected an object, found \[\]"),
         ('{"question_id": "81"}', "line 2: field 'question_id' must be a number, found '81'"),
         ('{"question_id": 1, "category": "math", "turns": []}', "line 2: field 'turns' must be a list of texts"),

@@ -275,8 +275,8 @@ def test_means_worked_by_hand(questions: str, tmp_path: Path) -> None:
     # the last judgment of an answer counts
     assert (b.model, b.mean, b.turns) == ("b", 9.5, {1: 9.5, 2: 9.5})
     table = score_table([b, a])
-    assert [column.header for column in table.columns] == ["", "b", "a"]
-    assert list(table.columns[2].cells)[:3] == ["6.00", "6.00", "6.00"]
+    assert [str(column.header) for column in table.columns] == ["", "b", "a"]
+    assert [str(cell) for cell in table.columns[2].cells][:3] == ["6.00", "6.00", "6.00"]
     with pytest.raises(ValueError, match="on question 999, which is unknown"):
         scores([judgment("a", 999, 1, 8)], read_questions(questions))
 

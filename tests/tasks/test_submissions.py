@@ -188,15 +188,28 @@ def test_a_row_that_lacks_a_field_is_named() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("q.json", '[{"question_id": 1}]', r'q\.json: expected \{"questions": \[...\]\}'),
-        ("q.json", "{", r"q\.json: expected"),
-        ("q.jsonl", '{"question_id": 1}\n{"id": 2}', r"q\.jsonl: question 2 has no question_id, it is \{'id': 2\}"),
+        ("q.json", '{"data": [1]}', r'q\.json: expected one object \{"questions": \[...\]\}.*has \'data\''),
+        ("q.json", '{"questions": [{"question_id": 1}, {"id": 2}]}', r"q\.json, question 2: expected .* 'question_id'"),
+        ("q.json", "{", r"q\.json: broken JSON at line 1, column 2"),
+        ("q.jsonl", '{"question_id": 1}\n{"id": 2}', r"q\.jsonl, line 2: expected .*'question_id', found \{'id': 2\}"),
+        ("q.jsonl", '{"question_id": 1}\n{"question_id": [2]}', r"q\.jsonl, line 2: expected .*found \{'question_id'"),
     ],
 )
 def test_broken_question_files(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         VQA(vqav2_questions=str(tmp_path / name))
+
+
+def test_a_line_separator_inside_a_question_ends_no_line(tmp_path: Path) -> None:
+    rows = [{"question_id": number, "text": "what\u2028is\x85it"} for number in range(3)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    assert read_question_ids(tmp_path / "q.jsonl") == [0, 1, 2]
+
+
+def test_ids_of_many_digits_are_ordered_too() -> None:
+    long = "9" * 5000
+    assert sorted([long, "10", "09", "9a"], key=natural_order) == ["09", "9a", "10", long]
 
 
 def test_a_missing_question_file(tmp_path: Path) -> None:
