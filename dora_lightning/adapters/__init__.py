@@ -8,7 +8,7 @@ from dora_lightning.adapters.inject import (
     inject_adapters,
     restrict_to_magnitude,
 )
-from dora_lightning.adapters.layers import AdapterLayer, DoRALinear, LoRALinear, MagnitudeLinear
+from dora_lightning.adapters.layers import AdapterLayer, DoRALinear, LoRALinear, MagnitudeLinear, forget_norms
 from dora_lightning.adapters.merge import adapters_disabled, merge_adapters, unmerge_adapters
 from dora_lightning.adapters.norm_cache import weights_kept
 from dora_lightning.adapters.peft_reading import load_peft_adapter
@@ -29,6 +29,7 @@ __all__ = [
     "adapter_layers",
     "adapters_disabled",
     "find_targets",
+    "forget_norms",
     "inject_adapters",
     "load_peft_adapter",
     "merge_adapters",

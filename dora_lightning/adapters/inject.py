@@ -6,14 +6,14 @@ import copy
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from dora_lightning.adapters.config import AdapterConfig, by_pattern
+from dora_lightning.adapters.config import AdapterConfig, by_pattern, outside
 from dora_lightning.adapters.layers import AdapterLayer, DoRALinear, LoRALinear, MagnitudeLinear
 from dora_lightning.adapters.operators import is_linear, operator_of
 from dora_lightning.adapters.quantized import is_quantized, keep_packing
@@ -37,7 +37,7 @@ def inject_adapters(model: nn.Module, config: AdapterConfig) -> nn.Module:
     Calling it again with the same config changes nothing.
 
     Args:
-        model: any module; ``all-linear`` leaves out the output embedding of a transformers model.
+        model: any module; ``all-linear`` leaves out the output embedding of every transformers model in it.
         config: what to adapt, and how.
 
     Returns:
@@ -72,10 +72,21 @@ def inject_adapters(model: nn.Module, config: AdapterConfig) -> nn.Module:
     for name, layer in layers.items():
         layer.base_layer.requires_grad_(False)
         layer.merged_dtype = _dtype_of(model)
-        _put(model, name, layer)
+        replace_module(model, model.get_submodule(name), layer)
     _leave_fused_paths(model)
     model.adapter_config = config  # type: ignore[assignment]  # nn.Module's setattr is typed for tensors and modules
     return model
+
+
+def within(model: nn.Module, config: AdapterConfig, parts: Sequence[str]) -> AdapterConfig:
+    """The config that reaches into the named parts of ``model`` alone: what lies outside of them is excluded too.
+
+    Raises:
+        ValueError: ``exclude_modules`` names what is not in the model.
+    """
+    # checked here: the longer pattern would hide a name that matches nothing
+    _excluded(_named_modules(model), config.exclude_modules)
+    return replace(config, exclude_modules=outside(parts, config.exclude_modules))
 
 
 def restrict_to_magnitude(model: nn.Module, patterns: str | list[str]) -> list[str]:
@@ -105,7 +116,7 @@ def restrict_to_magnitude(model: nn.Module, patterns: str | list[str]) -> list[s
             base_layer.requires_grad_(False)
             restricted = _adapter_layer(base_layer, "magnitude", config, name)
             restricted.merged_dtype = _dtype_of(model)
-            _put(model, name, restricted)
+            replace_module(model, layer, restricted)
     _leave_fused_paths(model)
     config = config if present is None else replace(present, magnitude_only_modules=names)
     # VeRA's pair stays what it was, though the widest of its modules may be among those that left it
@@ -125,10 +136,9 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, str]:
     for name in _excluded(modules, config.exclude_modules):
         del modules[name]
     full = config.method == "full"
-    targets = _matches(modules, config.target_modules, "target_modules", _output_embedding(model), full)
-    magnitude_only = _matches(
-        modules, config.magnitude_only_modules, "magnitude_only_modules", _output_embedding(model)
-    )
+    heads = _output_embeddings(model)
+    targets = _matches(modules, config.target_modules, "target_modules", heads, full)
+    magnitude_only = _matches(modules, config.magnitude_only_modules, "magnitude_only_modules", heads)
     return {
         name: "magnitude" if name in magnitude_only else config.method
         for name in modules
@@ -149,7 +159,8 @@ def adapted_submodule(module: nn.Module) -> tuple[str, nn.Module]:
     Raises:
         ValueError: there is none, or more than one.
     """
-    found = [(name, child) for name, child in module.named_modules() if hasattr(child, "adapter_config")]
+    # not hasattr: what torch.compile returns answers for the model that it wraps
+    found = [(name, child) for name, child in module.named_modules() if "adapter_config" in vars(child)]
     if len(found) != 1:
         names = ", ".join(name or "the module itself" for name, _ in found) or "none"
         raise ValueError(f"expected one model with adapters inside {type(module).__name__}, found {names}")
@@ -193,9 +204,12 @@ def _check_full_can_train(model: nn.Module, methods: dict[str, str]) -> None:
             raise ValueError(f"{name}: method='full' trains the weight itself; quantised ones cannot train")
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` in the place of ``old`` inside ``model``, under every name that it has there."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
 
 
 def _resolved(model: nn.Module, methods: dict[str, str]) -> dict[str, Any]:
@@ -222,7 +236,8 @@ def _check_patterns_are_used(config: AdapterConfig, methods: dict[str, str]) -> 
     for option in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, option):
             if not any(by_pattern(name, {pattern: True}, False) for name in names):
-                raise ValueError(f"{option}: {pattern!r} matches none of the target modules")
+                listed = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+                raise ValueError(f"{option}: {pattern!r} matches none of the target modules, which end in: {listed}")
 
 
 def _check_untied(model: nn.Module, trained: set[str]) -> None:
@@ -250,13 +265,13 @@ def _matches(
     modules: dict[str, nn.Module],
     patterns: str | list[str],
     option: str,
-    output_embedding: nn.Module | None,
+    heads: set[int],
     full: bool = False,
 ) -> set[str]:
     if not patterns:
         return set()
     if patterns == ALL_LINEAR:
-        found = {n for n, m in modules.items() if is_linear(m) and m is not output_embedding}
+        found = {n for n, m in modules.items() if is_linear(m) and id(m) not in heads}
         if not found:
             raise ValueError(f"{option}: the model has no nn.Linear to adapt")
         return found
@@ -281,7 +296,7 @@ def _excluded(modules: dict[str, nn.Module], patterns: str | list[str]) -> set[s
     excluded: set[str] = set()
     for pattern, found in _found(modules, patterns):
         if not found:
-            raise ValueError(f"exclude_modules: {pattern!r} matches no module")
+            raise ValueError(f"exclude_modules: {pattern!r} matches no module. {_what_would_match(modules, pattern)}")
         excluded |= found
     return excluded
 
@@ -304,6 +319,18 @@ def _what_would_match(modules: dict[str, nn.Module], pattern: str) -> str:
     return f"{hint}Linear modules of this model end in: {', '.join(names)}"
 
 
-def _output_embedding(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
+def _output_embeddings(model: nn.Module) -> set[int]:
+    """``id`` of each module that is, or is inside, the output embedding of ``model`` or of a model in it."""
+    heads: set[int] = set()
+    for module in model.modules():
+        get = getattr(module, "get_output_embeddings", None)
+        if not callable(get):
+            continue
+        try:
+            found = get()
+        except (NotImplementedError, AttributeError):  # of a model that has none, as vision towers
+            continue
+        for head in found if isinstance(found, (list, tuple)) else [found]:
+            if isinstance(head, nn.Module):
+                heads |= {id(part) for part in head.modules()}
+    return heads

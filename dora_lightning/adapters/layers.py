@@ -132,6 +132,24 @@ class AdapterLayer(nn.Module):
             self._unmerged = (base.weight,)
             base.weight = merged
 
+    def forget_norms(self) -> None:
+        """Compute the norms anew at the next call."""
+        for value in vars(self).values():
+            if isinstance(value, NormCache):
+                value.clear()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in ``nn.Module``; a change of mode, which is when weights are averaged or swapped, forgets the norms."""
+        # Lightning sets the mode of each module without calling train(); a layer may be in evaluation all along
+        if name == "training" and not (value and self.training):
+            self.forget_norms()
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # FSDP2 loads into shards, and the forward pass reads what is gathered from them
+        self.forget_norms()
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x [..., in]`` to ``[..., out]``, or what the base layer takes to what it gives."""
         if self.disabled:
@@ -395,6 +413,16 @@ class MagnitudeLinear(AdapterLayer):
         if self.norm_axis == "in":
             return self.base_layer(_scaled_input(x, gain))
         return self.operator.adapted(self.base_layer, x, self.bias, gain=gain, reuse_output=self.reuse_output)
+
+
+def forget_norms(model: nn.Module) -> None:
+    """Have every adapter in ``model`` compute its norm anew at the next call.
+
+    Needed only after a write that nothing shows: see :mod:`dora_lightning.adapters.norm_cache`.
+    """
+    for module in model.modules():
+        if isinstance(module, AdapterLayer):
+            module.forget_norms()
 
 
 def _scaled_input(x: Tensor, gain: Tensor) -> Tensor:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dora_lightning.adapters.config import AdapterConfig
-from dora_lightning.adapters.inject import adapter_layers
+from dora_lightning.adapters.inject import adapter_layers, replace_module
+from dora_lightning.adapters.layers import AdapterLayer
 from dora_lightning.adapters.quantized import dequantized, is_quantized, plain_linear
 
 
@@ -20,8 +21,9 @@ def merge_adapters(model: nn.Module, unload: bool = False) -> nn.Module:
     The merged model computes the same and costs what the base costs. The original weights are kept, so memory grows by
     the adapted weights until :func:`unmerge_adapters`; ``unload`` drops them and the adapters instead and leaves plain
     modules, as ``transformers`` knows them. A weight that was tied to another module's is a weight of its own from then
-    on; ``unload`` sets ``tie_word_embeddings`` of the model's config to false then. A model whose modules were trained
-    in full (``method="full"``) is as it should be already.
+    on; ``unload`` sets ``tie_word_embeddings`` of the model's config to false then. The adapted model may be inside
+    ``model`` (a LightningModule). A model whose modules were trained in full (``method="full"``) is as it should be
+    already.
 
     The base of an adapter on quantised weights is the dequantised weight, not the one before quantisation: it is what
     the adapter was trained on. The merged weight is in the dtype of the model's other weights; ``unload`` dequantises
@@ -37,19 +39,18 @@ def merge_adapters(model: nn.Module, unload: bool = False) -> nn.Module:
         ValueError: the model has no adapters.
     """
     dtype = torch.float32
-    for name, layer in _layers_of(model):
+    layers = [layer for _, layer in _layers_of(model)]
+    if unload:
+        _untie(model, layers)
+    for layer in layers:
         layer.merge()
         dtype = layer.merged_dtype
         if unload:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base_layer)
-    config: AdapterConfig | None = getattr(model, "adapter_config", None)
-    if unload and config is not None:
-        own: Any = getattr(model, "config", None)
-        if config.resolved.get("tied") and own is not None:
-            own.tie_word_embeddings = False
-        _leave_quantization(model, dtype)
-        del model.adapter_config
+            replace_module(model, layer, layer.base_layer)
+    if unload:
+        for root in [module for module in model.modules() if "adapter_config" in vars(module)]:
+            _leave_quantization(root, dtype)
+            del root.adapter_config
     return model
 
 
@@ -99,20 +100,34 @@ def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
                 layer.put_weight(merged)
 
 
+def _untie(model: nn.Module, layers: list[AdapterLayer]) -> None:
+    """Have configs say so where a weight that is tied to another module's becomes one of its own."""
+    owners = Counter(id(module._parameters.get("weight")) for module in model.modules())
+    tied = set()
+    for layer in layers:
+        # a merged layer's original is held by nobody else here but what it is tied to
+        (weight,) = layer._unmerged or (layer.weight,)
+        if isinstance(weight, Tensor) and owners[id(weight)] > (0 if layer.merged else 1):
+            tied.add(id(layer))
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "tie_word_embeddings") and any(id(part) in tied for part in module.modules()):
+            config.tie_word_embeddings = False
+
+
 def _leave_quantization(model: nn.Module, dtype: torch.dtype) -> None:
     """Plain layers for the quantised ones that had no adapter, and no word of it in what transformers saves."""
-    for name, module in list(model.named_modules()):
+    for module in list(model.modules()):
         if is_quantized(module):
-            parent, _, child = name.rpartition(".")
-            plain = plain_linear(module, dequantized(module).to(dtype))
-            setattr(model.get_submodule(parent), child, plain)
-    if getattr(model, "hf_quantizer", None) is not None:
-        unquantized: Any = model
-        unquantized.hf_quantizer.remove_quantization_config(unquantized)
+            replace_module(model, module, plain_linear(module, dequantized(module).to(dtype)))
+    for module in model.modules():
+        quantizer: Any = vars(module).get("hf_quantizer")
+        if quantizer is not None:
+            quantizer.remove_quantization_config(module)
 
 
 def _trained_in_full(model: nn.Module) -> bool:
-    configs = (getattr(module, "adapter_config", None) for module in model.modules())
+    configs = (vars(module).get("adapter_config") for module in model.modules())
     return any(config is not None and config.method == "full" for config in configs)
 
 

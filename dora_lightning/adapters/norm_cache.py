@@ -1,11 +1,20 @@
-"""Keeps a norm until something it was computed from changes.
+"""Caches a weight norm, and computes it anew when anything that it was computed from may have changed.
 
-The norm of ``W + s B A`` changes once per optimiser step, but a forward pass happens for every micro-batch, every
-recomputation of a checkpointed block and every generated token. A stale norm would be silent and wrong, so the cache
-looks at everything that can change a tensor: its identity and memory, its version counter (every in-place operation,
-``load_state_dict`` included), and the number of optimiser steps taken in this process (optimisers that write through
-``.data`` or a custom kernel do not move the version counter). On a CPU, where it costs no synchronisation, the small
-tensors are also compared with a copy, which sees edits through ``.data``.
+The norm of ``W + s B A`` changes once per optimizer step, but a forward pass happens for every micro-batch, every
+recomputation of a checkpointed block and every generated token. A stale norm would be silent and wrong. Watched are:
+
+- every tensor's identity, memory, dtype and version counter, which in-place operations and ``load_state_dict`` move;
+- the number of optimizer steps in this process, since optimizers may write through ``.data`` or a kernel of their own,
+  which moves no version counter;
+- whether gradients are recorded, and each call of ``train()`` and ``eval()``
+  (:class:`~dora_lightning.adapters.layers.AdapterLayer` clears its caches then): weight averaging swaps weights through
+  ``.data`` between training and evaluation;
+- on a CPU, the contents of the small tensors. On other devices a comparison would have to wait for the device: without
+  gradients the norm is computed at every call there, unless :func:`weights_kept` promises that nothing changes.
+
+What is left is a write through ``.data`` on such a device, between two training forward passes that have neither an
+optimizer step nor an evaluation between them (in the middle of gradient accumulation), and one to a frozen base without
+a change of mode. :func:`~dora_lightning.adapters.layers.forget_norms` is for those.
 """
 
 from __future__ import annotations
@@ -39,7 +48,8 @@ _promise: ContextVar[object | None] = ContextVar("promise", default=None)
 def weights_kept() -> Iterator[None]:
     """Promise that nothing a norm depends on changes within: each is looked at once, and then taken as it is.
 
-    For generation, which calls a layer for every token: looking at a norm costs as much as a small layer.
+    For generation, which calls a layer for every token: looking at a norm costs as much as a small layer on a CPU, and
+    on a GPU each look computes it.
     """
     token = _promise.set(_promise.get() or object())
     try:
@@ -73,8 +83,9 @@ class NormCache:
         if promise is not None and promise is self._promise and self._value is not None:
             return self._value
         tensors = [*large, *small]
-        steps = _optimizer_steps if any(tensor.requires_grad for tensor in tensors) else None
-        key = (steps, *(_state(tensor) for tensor in tensors))
+        trains = any(tensor.requires_grad for tensor in tensors)
+        moment = (_optimizer_steps, torch.is_grad_enabled()) if trains else None
+        key = (moment, *(_state(tensor) for tensor in tensors))
         if self._value is not None and key == self._key and self._unchanged(small):
             self._promise = promise
             return self._value
@@ -94,7 +105,10 @@ class NormCache:
         return NormCache, ()
 
     def _unchanged(self, small: list[Tensor]) -> bool:
+        """Whether the small tensors hold what they held; what cannot be compared is trusted in training alone."""
         on_cpu = [tensor for tensor in small if tensor.device.type == "cpu"]
+        if len(on_cpu) < len(small) and not torch.is_grad_enabled():
+            return False
         return len(on_cpu) == len(self._copies) and all(
             torch.equal(tensor.detach(), copy) for tensor, copy in zip(on_cpu, self._copies, strict=True)
         )

@@ -134,7 +134,8 @@ def _as_lora(name: str, layer: AdapterLayer) -> _Written:
 def _vera(
     root: nn.Module, layers: Mapping[str, AdapterLayer], save_projection: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    config: AdapterConfig = root.adapter_config  # type: ignore[assignment]  # nn.Module's attributes are tensors to mypy
+    # of a layer: the model given may be a part of the one that was adapted
+    first = next(layer for layer in layers.values() if isinstance(layer, VeRALinear))
     for name, layer in layers.items():
         if not is_linear(layer.base_layer):
             kind = type(layer.base_layer).__name__
@@ -142,11 +143,11 @@ def _vera(
     options = {
         "peft_type": "VERA",
         **_about_the_model(root),
-        "r": config.rank,
-        "projection_prng_key": config.projection_seed,
+        "r": first.rank,
+        "projection_prng_key": first.pair.seed,
         "save_projection": save_projection,
-        "d_initial": config.d_initial,
-        "vera_dropout": config.dropout,
+        "d_initial": first.d_initial,
+        "vera_dropout": first.dropout.p,
         "target_modules": _exact_names(layers, root),
         "bias": "none",
         "fan_in_fan_out": is_transposed(layer.base_layer for layer in layers.values()),
@@ -160,9 +161,7 @@ def _vera(
     }
     tensors = _by_disk_name(layers, values)
     if save_projection:
-        pair = next(layer.pair for layer in layers.values() if isinstance(layer, VeRALinear))
-        for key, tensor in zip(("base_model.vera_A", "base_model.vera_B"), pair.on(torch.device("cpu")), strict=True):
-            tensors[key] = tensor
+        tensors["base_model.vera_A"], tensors["base_model.vera_B"] = first.pair.on(torch.device("cpu"))
     return options, tensors
 
 

@@ -95,7 +95,7 @@ class VeRALinear(LoRALinear):
 
     def reset_vectors(self) -> None:
         """Constant ``d`` and zero ``b``, so that training starts at the pretrained function."""
-        nn.init.constant_(self.lambda_d, self._d_initial)
+        nn.init.constant_(self.lambda_d, self.d_initial)
         nn.init.zeros_(self.lambda_b)
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ class VeRALinear(LoRALinear):
         most_rows, most_columns = config.resolved.get("projection", (rows, columns))
         self.pair = shared_pair(self.rank, most_rows, most_columns, config.projection_seed)
         self.scaling = 1.0
-        self._d_initial = config.d_initial
+        self.d_initial = config.d_initial
         options = wide_like(self.weight)
         self.lambda_d = nn.Parameter(torch.empty(self.rank, **options))
         self.lambda_b = nn.Parameter(torch.empty(rows, **options))

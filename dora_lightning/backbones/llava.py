@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -14,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_lightning.adapters import AdapterConfig, adapter_layers, inject_adapters
-from dora_lightning.adapters.config import outside
+from dora_lightning.adapters.inject import within
 from dora_lightning.backbones.backbone import Backbone
 from dora_lightning.backbones.causal_lm import (
     check_plain_logits,
@@ -92,6 +91,9 @@ class DoRALlava(Backbone):
         self.parts = LlavaParts(**model_name_or_path) if isinstance(model_name_or_path, dict) else model_name_or_path
         name, plain = (self.parts,) * 2 if isinstance(self.parts, str) else (self.parts.language, self.parts.to_dict())
         super().__init__(name, adapter, optimizer, lr_scheduler, task, judge_in_validation)
+        for part, training in (("vision_tower", vision_tower), ("projector", projector)):
+            if training not in get_args(Training):
+                raise ValueError(f"{part} must be one of {', '.join(get_args(Training))}, got {training!r}")
         if feature_cache is not None and vision_tower != "frozen":
             raise ValueError(f"feature_cache needs a frozen vision tower; this one is {vision_tower}")
         if vision_alignment is not None and projector != "full":
@@ -137,7 +139,7 @@ class DoRALlava(Backbone):
         wanted = {"vision_tower": self.vision_tower_training, "projector": self.projector_training}
         parts = {"vision_tower": _part(model, _TOWERS), "projector": _part(model, _PROJECTORS)}
         adapted = [_name_of(model, model.get_decoder()), *(parts[p] for p in wanted if wanted[p] == "adapted")]
-        inject_adapters(model, replace(self.adapter, exclude_modules=outside(adapted, self.adapter.exclude_modules)))
+        inject_adapters(model, within(model, self.adapter, adapted))
         reuse_outputs(model)
         for part, training in wanted.items():
             module = model.get_submodule(parts[part])

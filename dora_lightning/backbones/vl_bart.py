@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_lightning.adapters import AdapterConfig, inject_adapters
-from dora_lightning.adapters.config import outside
+from dora_lightning.adapters.inject import within
 from dora_lightning.backbones.backbone import Backbone
 from dora_lightning.backbones.causal_lm import enable_recomputation
 from dora_lightning.backbones.seq2seq import encode_prompts, generate_targets, target_log_likelihoods, target_loss
@@ -106,7 +105,7 @@ class DoRAVLBart(Backbone):
                 f"also_trained: {min(mixed)} train in fp32, which a base in {str(model.dtype).removeprefix('torch.')} "
                 "takes under autocast alone: set trainer.precision to bf16-mixed, or dtype to float32"
             )
-        inject_adapters(model, replace(self.adapter, exclude_modules=outside(["model"], self.adapter.exclude_modules)))
+        inject_adapters(model, within(model, self.adapter, ["model"]))
         for part in self.also_trained:
             for parameter in _parameters_of(model, part):
                 parameter.requires_grad_(True)

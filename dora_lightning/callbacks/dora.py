@@ -10,6 +10,7 @@ from dora_lightning.adapters import AdapterConfig, inject_adapters, load_peft_ad
 from dora_lightning.training.adapter_run import AdapterRun, check_precision
 from dora_lightning.training.build_steps import BuildStep, after_model_is_built
 from dora_lightning.training.method_hooks import after_method
+from dora_lightning.training.stored_names import base_name_or_path
 
 # the run with adapters that a module is in goes on when another Trainer takes the module over
 _RUN = "_dora_lightning_run"
@@ -123,8 +124,7 @@ class DoRA(Callback):
             inject_adapters(model, self.config)
             if self.init_from is not None:
                 load_peft_adapter(model, self.init_from)
-            name = getattr(getattr(model, "config", None), "name_or_path", None) or type(model).__qualname__
-            self._run.remember_base(model, name)
+            self._run.remember_base(model, base_name_or_path(model) or type(model).__qualname__)
             self._run.injected = (self.module, self.config)
         elif self._run.injected != (self.module, self.config):
             raise ValueError(

@@ -82,7 +82,11 @@ class GroupLearningRates(Callback):
             _name_apart(parts)
             split_groups(optimizer, [s for s in schedulers if _drives(s, optimizer)], parts)
         if unmatched:
-            raise ValueError(f"GroupLearningRates: {sorted(unmatched)} match no parameter that trains")
+            trained = [name for name, p in pl_module.named_parameters() if p.requires_grad]
+            present = ", ".join(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in trained))
+            raise ValueError(
+                f"GroupLearningRates: {sorted(unmatched)} match no parameter that trains; there are: {present}"
+            )
 
     def _split(self, group: dict[str, Any], names: dict[int, str], unmatched: set[str], own: str) -> list[Part]:
         members: dict[str, tuple[dict[str, float], list[Any]]] = {}

@@ -18,6 +18,7 @@ from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint, frozen
 from dora_lightning.training.base_identity import base_identity
 from dora_lightning.training.merging import merge_to_folder
 from dora_lightning.training.sharded_checkpoint import whole_tensor
+from dora_lightning.training.stored_names import base_name_or_path
 
 WHEN = ("checkpoint", "best", "last", "fit_end")
 SOURCE_FILE = "merged_from.json"
@@ -136,9 +137,7 @@ def _source_of(merged: Path) -> dict[str, Any] | None:
 
 
 def _loaded_from(pl_module: LightningModule, model: nn.Module) -> str:
-    name = getattr(pl_module, "model_name_or_path", None) or getattr(
-        getattr(model, "config", None), "name_or_path", None
-    )
+    name = getattr(pl_module, "model_name_or_path", None) or base_name_or_path(model)
     if not name:
         raise ValueError("MergeOnSave does not know what the base model was loaded from; pass base=<folder or hub id>")
     return str(name)

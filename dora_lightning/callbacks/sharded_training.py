@@ -19,7 +19,7 @@ from dora_lightning.adapters import DoRALinear, MagnitudeLinear, adapter_layers
 from dora_lightning.adapters.quantized import is_quantized
 from dora_lightning.training.adapter_run import run_of
 from dora_lightning.training.build_steps import BuildStep, after_model_is_built
-from dora_lightning.training.sharded_checkpoint import use_adapter_checkpoints
+from dora_lightning.training.sharded_checkpoint import read_shards_anew, use_adapter_checkpoints
 from dora_lightning.training.streaming import allocate, awaits_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,6 +78,16 @@ class ShardedTraining(Callback):
             use_adapter_checkpoints(trainer.strategy)
         after_model_is_built(self, trainer, pl_module, BuildStep.SHARD, lambda module: self._prepare(trainer, module))
 
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See weights that were swapped since training, as by an average of them."""
+        read_shards_anew(pl_module)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See weights that were swapped back."""
+        read_shards_anew(pl_module)
+
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if any(isinstance(module, FSDPModule) for module in pl_module.modules()):
             return  # a second call of configure_model, or a later stage
@@ -95,7 +105,8 @@ class ShardedTraining(Callback):
                 "weights, which lose their scales, and cannot split torchao's; set strategy: ddp, where each process "
                 "holds the packed base (a quarter to a half of bf16's), or leave the base unquantised"
             )
-        blocks = find_blocks(pl_module, self.blocks) if sharded or self.activation_checkpointing else []
+        wanted = sharded or self.activation_checkpointing or self.blocks is not None
+        blocks = find_blocks(pl_module, self.blocks) if wanted else []
         if self.activation_checkpointing:
             for block in blocks:
                 checkpoint_activations(block)
@@ -136,7 +147,7 @@ def find_blocks(module: nn.Module, names: list[str] | None = None) -> list[nn.Mo
     """The transformer blocks inside ``module``, by class name, or as the model declares them.
 
     Raises:
-        ValueError: none are found; the message lists what repeats.
+        ValueError: none are found, or none of one of the names; the message lists what repeats.
     """
     declared = {name for child in module.modules() for name in (getattr(child, "_no_split_modules", None) or ())}
     wanted = set(names) if names is not None else declared
@@ -151,9 +162,13 @@ def find_blocks(module: nn.Module, names: list[str] | None = None) -> list[nn.Mo
     if not blocks and names is None and repeated:
         commonest = repeated.most_common(1)[0][0]
         blocks = [child for child in module.modules() if type(child).__name__ == commonest]
-    if not blocks:
+    absent = set(names or ()) - {type(block).__name__ for block in blocks}
+    if not blocks or absent:
         listing = ", ".join(repeated) or "nothing in a ModuleList"
-        raise ValueError(f"no transformer blocks found (blocks={names}); name their class. What repeats: {listing}")
+        which = f"{min(absent)!r} of " if blocks else ""
+        raise ValueError(
+            f"no transformer blocks found ({which}blocks={names}); name their class. What repeats: {listing}"
+        )
     return blocks
 
 

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from dora_lightning.adapters import forget_norms
 from dora_lightning.training.adapter_checkpoint import frozen_names
 
 
@@ -48,6 +50,7 @@ def _load_states(strategy: ModelParallelStrategy, checkpoint: Mapping[str, Any],
     with torch.no_grad():
         for name, tensor in checkpoint["state_dict"].items():
             present[name].copy_(_sharded_like(tensor, present[name]))
+    read_shards_anew(strategy.lightning_module)
     for optimizer, state in zip(strategy.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         sharded = {
@@ -55,6 +58,18 @@ def _load_states(strategy: ModelParallelStrategy, checkpoint: Mapping[str, Any],
             for index, values in state["state"].items()
         }
         optimizer.load_state_dict({**state, "state": sharded})
+
+
+def read_shards_anew(module: nn.Module) -> None:
+    """Have the next forward pass see what the shards hold now.
+
+    After a forward pass without gradients FSDP2 keeps the weights of the root unit gathered, and norms are cached of
+    what is gathered: neither notices that a checkpoint was loaded, or an average swapped, into the shards.
+    """
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            child.reshard()
+    forget_norms(module)
 
 
 def whole_tensor(value: Any) -> Any:

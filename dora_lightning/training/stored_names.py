@@ -25,10 +25,39 @@ def stored_names(model: nn.Module) -> dict[str, str]:
     Tensors that loading does more to than rename, as it does to stacked experts, are left out.
 
     Args:
-        model: with or without adapters, on any device; one that is no transformers model has nothing renamed.
+        model: with or without adapters, on any device. Of the one transformers model inside another module (a
+            LightningModule) every name differs; of several inside one, which have files of their own, none is known.
     """
-    if not isinstance(model, PreTrainedModel):
+    prefix, inner = _only_pretrained(model)
+    if inner is None:
         return {}
+    renamed = _renamed(inner)
+    if not prefix:
+        return renamed
+    names = (base_name(name) for name in inner.state_dict())
+    return {f"{prefix}.{name}": renamed.get(name, name) for name in names}
+
+
+def base_name_or_path(model: nn.Module) -> str | None:
+    """Folder or hub id that ``model``, or the one transformers model inside it, was loaded from; None if unknown."""
+    _, inner = _only_pretrained(model)
+    name = getattr(getattr(inner or model, "config", None), "name_or_path", None)
+    return str(name) if name else None
+
+
+def _only_pretrained(model: nn.Module) -> tuple[str, PreTrainedModel | None]:
+    """The one transformers model that is, or is inside, ``model`` and in no other; its dotted name, and itself."""
+    found: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, PreTrainedModel) and not inside:
+            found[name] = module
+    if len(found) != 1:
+        return "", None
+    return next(iter(found.items()))
+
+
+def _renamed(model: PreTrainedModel) -> dict[str, str]:
     own = {id(p) for _, layer in adapter_layers(model) for p in layer.parameters(recurse=False)}
     # stand-ins without memory: what is only renamed comes out as the same object
     stand_ins = {

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dora_lightning.adapters import DoRALinear, functional
+from dora_lightning.adapters import DoRALinear, forget_norms, functional
 from dora_lightning.adapters.norm_cache import NormCache, weights_kept
 from tests.adapters.perturbed import adapted, assert_close
 
@@ -70,6 +70,9 @@ def test_once_under_activation_checkpointing(layer: DoRALinear, norms: list[int]
 
 def test_none_while_generating(layer: DoRALinear, norms: list[int]) -> None:
     layer.eval()
+    with torch.no_grad():
+        layer(torch.randn(1, 12))
+    norms.clear()
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             for _ in range(3):
@@ -102,6 +105,99 @@ def test_fresh_after_an_optimizer_that_writes_through_data(layer: DoRALinear, mo
     # as on a GPU, where contents are not compared
     monkeypatch.setattr(NormCache, "_unchanged", lambda self, small: True)
     ThroughData([layer.lora_A, layer.lora_B]).step()
+    assert_fresh(layer)
+
+
+# Weights swapped through .data, on a device whose contents are not compared ------------------------------------------
+
+
+@pytest.fixture
+def no_contents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NormCache, "_unchanged", lambda self, small: True)
+
+
+def swap(layer: DoRALinear, other: dict[str, torch.Tensor]) -> None:
+    """As WeightAveraging of Lightning does it."""
+    for name, value in other.items():
+        own = getattr(layer, name)
+        kept = value.clone()
+        value.copy_(own.data)
+        own.data.copy_(kept)
+
+
+def set_mode(layer: DoRALinear, training: bool) -> None:
+    """As Lightning gives a module its mode back."""
+    for module in layer.modules():
+        module.training = training
+
+
+@pytest.mark.parametrize("stays_in_evaluation", [False, True])
+@pytest.mark.parametrize("evaluation", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_fresh_around_an_evaluation_of_averaged_weights(
+    layer: DoRALinear, no_contents: None, stays_in_evaluation: bool, evaluation: Callable
+) -> None:
+    if stays_in_evaluation:
+        layer.eval()
+    average = {name: torch.randn_like(getattr(layer, name)) for name in ("lora_A", "lora_B", "magnitude")}
+    for _ in range(2):
+        layer(torch.randn(2, 12)).sum().backward()
+        training = layer.training
+        layer.eval()
+        swap(layer, average)
+        with evaluation():
+            assert_fresh(layer)
+        swap(layer, average)
+        set_mode(layer, training)
+        assert_fresh(layer)
+
+
+def test_fresh_after_an_evaluation_without_a_change_of_mode(layer: DoRALinear, no_contents: None) -> None:
+    average = {"lora_B": torch.randn_like(layer.lora_B)}
+    layer(torch.randn(2, 12))
+    swap(layer, average)
+    with torch.no_grad():
+        assert_fresh(layer)
+    swap(layer, average)
+    assert_fresh(layer)
+
+
+def test_fresh_after_weights_that_are_loaded_into_memory_of_their_own(layer: DoRALinear, no_contents: None) -> None:
+    """As FSDP2's shards are: the gathered tensors, which the layer sees, keep identity and version."""
+    state = {name: tensor + 0.3 for name, tensor in layer.state_dict().items()}
+    version = layer.lora_B._version
+    with torch.autograd._unsafe_preserve_version_counter((*layer.parameters(),)):
+        layer.load_state_dict(state)
+    assert layer.lora_B._version == version
+    assert_fresh(layer)
+
+
+def test_evaluated_anew_where_contents_cannot_be_compared(norms: list[int]) -> None:
+    layer = adapted("dora").to("meta")
+    norms.clear()
+    x = torch.randn(2, 12, device="meta")
+    for _ in range(2):
+        layer(x)
+    assert len(norms) == 1
+    with torch.no_grad():
+        layer(x), layer(x)
+        assert len(norms) == 3
+        with weights_kept():
+            layer(x), layer(x)
+        assert len(norms) == 4
+
+
+def test_a_mode_that_is_set_again_at_each_step_costs_no_norm(layer: DoRALinear, norms: list[int]) -> None:
+    for _ in range(3):
+        layer.train()
+        layer(torch.randn(2, 12))
+    assert norms == []
+
+
+def test_what_nothing_shows_can_be_said(layer: DoRALinear, no_contents: None) -> None:
+    before = layer.norm()
+    layer.lora_B.data.add_(0.3)
+    assert layer.norm() is before  # of what the documentation says is not seen on a GPU
+    forget_norms(nn.Sequential(layer))
     assert_fresh(layer)
 
 
@@ -214,6 +310,8 @@ def test_outputs_without_gradients_are_fresh_too(layer: DoRALinear, edit: Callab
 
 def test_kept_weights_are_looked_at_once_in_each_promise(layer: DoRALinear, norms: list[int]) -> None:
     with torch.no_grad():
+        layer.norm()
+        norms.clear()
         with weights_kept():
             first = layer.norm()
             layer.lora_B.add_(0.3)  # what was promised not to happen

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from dora_lightning.adapters import AdapterConfig, adapter_layers, inject_adapters
+from dora_lightning.adapters.norm_cache import NormCache
 from dora_lightning.adapters.vera import VeRALinear
 from tests.adapters.perturbed import assert_close, perturb
 from tests.adapters.zoo import KINDS
@@ -72,9 +73,37 @@ def train(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def swap_and_load(model: nn.Module) -> list[Tensor]:
+    """Outputs in training, of other weights in evaluation, in training again, and after loading others still."""
+    # as on a GPU, where contents are not compared
+    NormCache._unchanged = lambda self, small: True  # type: ignore[method-assign]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    kept = {name: p.detach().clone() for name, p in trained.items()}
+    found = [model().detach()]
+    model.eval()
+    for p in trained.values():
+        p.data.mul_(1.5)
+    with torch.no_grad():
+        found.append(model())
+    for name, p in trained.items():
+        p.data.copy_(kept[name])
+    model.train()
+    found.append(model().detach())
+    model.load_state_dict({name: value * 0.5 for name, value in kept.items()}, strict=False)
+    found.append(model().detach())
+    return found
+
+
 def compare(rank: int, port: int) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
+    model, sharded = make({}), make({})
+    fully_shard(sharded, mesh=mesh, reshard_after_forward=True)
+    outputs = swap_and_load(model)
+    assert not torch.allclose(outputs[0], outputs[1], rtol=1e-3)
+    assert torch.equal(outputs[0], outputs[2])
+    for found, expected in zip(swap_and_load(sharded), outputs, strict=True):
+        assert_close(found, expected, 1e-5)
     for options in CASES.values():
         expected = train(make(options))
         model = make(options)

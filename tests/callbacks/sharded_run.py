@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from datamodules import Stage, TextDataModule
 from dora_lightning import AdapterConfig
+from dora_lightning.adapters.norm_cache import NormCache
 from dora_lightning.backbones import DoRALlama
 from dora_lightning.callbacks import MergeOnSave, ShardedTraining
 from dora_lightning.data import Sample
@@ -27,7 +28,7 @@ class Words(TextDataModule):
 
     def build_samples(self, stage: Stage) -> list[Sample]:
         words = ("cold", "hot", "true", "false")
-        count = 48 if stage == "train" else 0
+        count = {"train": 48, "validation": 8}.get(stage, 0)
         # one token each in the tiny tokenizer
         answers = ("hot", "true")
         return [Sample(f"is {words[n % 4]} {words[n // 4 % 4]}", f" {answers[n % 7 % 2]}") for n in range(count)]
@@ -103,13 +104,31 @@ def fit(
     local = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in module.parameters())
     adapters = {n: whole(p.detach()).cpu().clone() for n, p in module.named_parameters() if p.requires_grad}
     torch.save(adapters, folder / f"{name}-rank{trainer.global_rank}.pt")
+    fresh, earlier = Words(llama, batch_size=4 // devices), folder / f"{name}-saved" / "step=10.ckpt"
     return {
+        "validated": validate(trainer, module, fresh, earlier) if merge else [],
         "losses": record.losses,
         "gathered": record.gathered,
         "sharded": len(sharded),
         "local": local,
         "total": sum(p.numel() for p in module.parameters()),
     }
+
+
+def validate(trainer: Trainer, module: DoRALlama, data: Words, earlier: Path) -> list[float]:
+    """Losses at the end of the fit, of an earlier checkpoint, and of that with weights that were swapped meanwhile."""
+    # as on a GPU, where contents are not compared
+    compare, NormCache._unchanged = NormCache._unchanged, lambda self, small: True  # type: ignore[method-assign]
+    trainer.limit_val_batches = 1.0
+    trained = [p for p in module.parameters() if p.requires_grad]
+    losses = []
+    for path, factor in ((None, 1.0), (earlier, 1.0), (None, 1.5), (None, 1 / 1.5)):
+        for parameter in trained:
+            parameter.data.mul_(factor)
+        found = trainer.validate(module, datamodule=data, ckpt_path=path, verbose=False, weights_only=True)
+        losses.append(found[0]["val/loss"])
+    NormCache._unchanged = compare  # type: ignore[method-assign]
+    return losses
 
 
 def errors(llama: str, folder: Path) -> dict[str, str]:

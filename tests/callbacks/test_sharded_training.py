@@ -126,6 +126,15 @@ def test_merged_folders_are_those_of_one_process(runs: Runs) -> None:
     }
 
 
+def test_an_evaluation_sees_the_weights_that_are_there(runs: Runs) -> None:
+    """After a fit, of an earlier checkpoint, and of weights that were changed in the shards."""
+    final, earlier, swapped, back = runs.one["validated"]
+    assert min(abs(earlier - final), abs(swapped - earlier)) > 1e-3
+    assert back == pytest.approx(earlier, abs=1e-5)
+    for rank in runs.ranks:
+        assert rank["fsdp2"]["validated"] == pytest.approx(runs.one["validated"], abs=2e-5)
+
+
 def test_strategies_that_cannot_be_are_refused(runs: Runs) -> None:
     for rank in runs.ranks:
         assert "set save_distributed_checkpoint: false" in rank["errors"]["distributed"]
