@@ -220,6 +220,38 @@ def correlation(changes: Sequence[WeightChange]) -> Correlation:
     return Correlation(max(-1.0, min(1.0, r)))
 
 
+class RunningCorrelation:
+    """:func:`correlation` of changes that come one after the other, none of which is kept."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._means = [0.0, 0.0]
+        self._squares = [0.0, 0.0]  # of the deviations from the means
+        self._product = 0.0
+        self._largest = [0.0, 0.0]
+
+    def add(self, change: WeightChange) -> None:
+        """Count one more (Welford's update, which does not cancel)."""
+        self._count += 1
+        values = (change.delta_d, change.delta_m)
+        before = [value - mean for value, mean in zip(values, self._means, strict=True)]
+        for index, value in enumerate(values):
+            self._means[index] += before[index] / self._count
+            self._squares[index] += before[index] * (value - self._means[index])
+            self._largest[index] = max(self._largest[index], abs(value))
+        self._product += before[0] * (values[1] - self._means[1])
+
+    def value(self) -> Correlation:
+        """Of all that were added."""
+        if self._count < 3:
+            return Correlation(math.nan, f"needs at least 3 points, there are {self._count}")
+        for name, square, largest in zip(("delta_d", "delta_m"), self._squares, self._largest, strict=True):
+            if math.sqrt(square) <= 1e-12 * largest:
+                return Correlation(math.nan, f"{name} is the same everywhere")
+        r = self._product / math.sqrt(self._squares[0]) / math.sqrt(self._squares[1])
+        return Correlation(max(-1.0, min(1.0, r)))
+
+
 class _Sums:
     """What blocks of rows give for each feature: their rows one after the other, or the sum over all of them."""
 

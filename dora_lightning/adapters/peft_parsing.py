@@ -60,6 +60,7 @@ class Module:
     Attributes:
         tensors: as on disk, by our names.
         lookup: whether ``A`` and ``B`` are called as those of an embedding.
+        scales_bias: whether the magnitude is torchtune's, ``y = g (W x + s B A x + bias)``.
     """
 
     vera: bool
@@ -68,6 +69,7 @@ class Module:
     scaling: float
     tensors: dict[str, Tensor] = field(default_factory=dict)
     lookup: bool = False
+    scales_bias: bool = False
 
     @property
     def method(self) -> str:
@@ -217,6 +219,7 @@ def _take(key: str, file: Any, contents: Contents) -> bool:
     # the official code keeps its magnitude in an nn.Linear(1, out)
     module.tensors[part] = tensor.squeeze(-1) if match["magnitude"] == "weight_m_wdecomp" else tensor
     module.lookup |= match["lookup"] is not None
+    module.scales_bias |= match["magnitude"] == "magnitude"
     return True
 
 

@@ -112,6 +112,11 @@ def _values(name: str, module: Module, target: nn.Module) -> dict[str, Tensor]:
         prefix = "lora_embedding_" if module.lookup else "lora_"
         raise ValueError(f"the file holds {prefix}A of {name}, a {type(base).__name__}")
     check_computes_alike(name, base, module.method)
+    if module.scales_bias and (bias := getattr(base, "bias", None)) is not None and (bias.is_meta or bool(bias.any())):
+        raise ValueError(
+            f"{name} has a bias, and the file is torchtune's (magnitude), which scales the bias by the magnitude; no "
+            "adapter computes that here. Merge it with torchtune and load the merged weights"
+        )
     wide = torch.promote_types(base.weight.dtype, torch.float32)
     shapes = disk_shapes(base, module.rank)
     values = {}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from dora_lightning.adapters.analysis import Correlation, WeightChange, correlation
-from dora_lightning.files import json_rows, write_text_atomically
+from dora_lightning.files import json_lines, json_rows, write_text_atomically
 
 PATTERN_FILE = "learning_pattern.jsonl"
 
@@ -101,6 +102,29 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
     write_text_atomically(path, "".join(json.dumps(asdict(record)) + "\n" for record in records))
 
 
+def append_records(path: Path, records: Iterable[Record]) -> None:
+    """Add records to a file, at a cost that does not grow with it. A crash leaves at most one line cut in two."""
+    with path.open("ab") as file:
+        file.write(json_lines(asdict(record) for record in records))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def drop_half_line(path: Path) -> None:
+    """Cut off what a writer that was killed left after the last end of a line."""
+    with path.open("rb+") as file:
+        position = file.seek(0, os.SEEK_END)
+        while position > 0:
+            start = max(0, position - 4096)
+            file.seek(start)
+            end = file.read(position - start).rfind(b"\n")
+            if end >= 0:
+                file.truncate(start + end + 1)
+                return
+            position = start
+        file.truncate(0)
+
+
 def read_records(path: Path) -> list[Record]:
     """Read what :func:`write_records` wrote.
 
@@ -112,7 +136,10 @@ def read_records(path: Path) -> list[Record]:
         raise FileNotFoundError(f"no learning pattern at {path}: the callback WeightDecomposition writes one")
     names = ", ".join(field.name for field in fields(Record))
     records = []
-    for place, row in json_rows(path, f"JSON objects with {names}"):
+    rows = list(json_rows(path, f"JSON objects with {names}"))
+    if rows and isinstance(rows[-1][1], ValueError) and not path.read_bytes().endswith(b"\n"):
+        rows.pop()  # cut in two when its writer was killed
+    for place, row in rows:
         try:
             if isinstance(row, ValueError):
                 raise row

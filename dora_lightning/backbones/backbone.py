@@ -281,8 +281,15 @@ class Backbone(LightningModule):
         self._run.on_load_checkpoint(self, checkpoint)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As ever, but the frozen base, which no checkpoint holds, is not reported as missing."""
-        loaded = super().load_state_dict(state_dict, strict, assign)
+        """Like ``nn.Module.load_state_dict``, but frozen base weights are not reported as missing.
+
+        Raises:
+            RuntimeError: a shape differs; with ``strict``, also for missing trained tensors and unexpected names.
+        """
+        loaded = super().load_state_dict(state_dict, strict=False, assign=assign)
         frozen = frozen_names(self)
         loaded.missing_keys[:] = [name for name in loaded.missing_keys if name not in frozen]
+        found = {"Missing": loaded.missing_keys, "Unexpected": loaded.unexpected_keys}
+        if strict and (wrong := [f"{kind} key(s): {', '.join(keys)}" for kind, keys in found.items() if keys]):
+            raise RuntimeError(f"Error(s) in loading state_dict for {type(self).__name__}: {'; '.join(wrong)}")
         return loaded

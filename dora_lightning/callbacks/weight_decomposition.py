@@ -16,13 +16,21 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from dora_lightning.adapters import AdapterConfig, AdapterLayer, find_targets
-from dora_lightning.adapters.analysis import WeightChange, change_of_blocks, layer_change, layer_tensors, row_blocks
+from dora_lightning.adapters.analysis import (
+    RunningCorrelation,
+    WeightChange,
+    change_of_blocks,
+    layer_change,
+    layer_tensors,
+    row_blocks,
+)
 from dora_lightning.adapters.operators import operator_of
 from dora_lightning.analyzing.records import (
     PATTERN_FILE,
     Record,
+    append_records,
+    drop_half_line,
     make_record,
-    pattern_of,
     patterns_of,
     read_records,
     write_records,
@@ -86,7 +94,8 @@ class WeightDecomposition(Callback):
         self.steps = sorted(steps or [])
         self.modules = modules
         self._watched: list[_Watched] = []
-        self._records: list[Record] = []
+        self._correlations: dict[str, RunningCorrelation] = {}
+        self._goes_on = False
         self._start: StartWeights | None = None
         self._snapshot: str | None = None
         self._sharded = False
@@ -119,8 +128,14 @@ class WeightDecomposition(Callback):
         if trainer.is_global_zero:
             # rows of an earlier fit, or of steps that are taken once more, are of another course of training
             path = self._folder / PATTERN_FILE
-            known = read_records(path) if self._last > 0 and path.is_file() else []
-            self._records = [record for record in known if record.step <= self._last]
+            self._correlations, self._goes_on = {}, self._last > 0 and path.is_file()
+            if self._goes_on:
+                drop_half_line(path)
+                known = read_records(path)
+                kept = [record for record in known if record.step <= self._last]
+                if len(kept) < len(known):
+                    write_records(path, kept)
+                _count(kept, self._correlations)
 
     @override
     def on_train_batch_end(
@@ -186,9 +201,11 @@ class WeightDecomposition(Callback):
                 measured.append(make_record(step, watched.module, watched.method, change, watched.full_name))
         if not trainer.is_global_zero:
             return
-        self._records = [record for record in self._records if record.step < step] + measured
-        write_records(self._folder / PATTERN_FILE, self._records)
-        metrics = _metrics(self._records)
+        # the first rows of a new run replace those of an earlier one
+        (append_records if self._goes_on else write_records)(self._folder / PATTERN_FILE, measured)
+        self._goes_on = True
+        _count(measured, self._correlations)
+        metrics = _metrics(measured, self._correlations)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
 
@@ -278,16 +295,22 @@ def _whole(tensor: Tensor) -> Tensor:
     return whole_tensor(tensor) if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def _metrics(records: list[Record]) -> dict[str, float]:
-    patterns = patterns_of(records)
+def _count(records: list[Record], correlations: dict[str, RunningCorrelation]) -> None:
+    """Add the records to the correlation of their type, and to that of all."""
+    for record in records:
+        for name in (f"{record.type}/", ""):
+            correlations.setdefault(name, RunningCorrelation()).add(record.change)
+
+
+def _metrics(measured: list[Record], correlations: dict[str, RunningCorrelation]) -> dict[str, float]:
+    """Means of one measurement, and the correlations of all so far."""
     metrics = {}
-    for kind, pattern in patterns.items():
+    for kind, pattern in patterns_of(measured).items():
         metrics[f"learning_pattern/{kind}/delta_m"] = pattern.delta_m
         metrics[f"learning_pattern/{kind}/delta_d"] = pattern.delta_d
-    correlations = {f"{kind}/": pattern.correlation for kind, pattern in patterns.items()}
-    correlations[""] = pattern_of(records).correlation
+    values = {kind: running.value() for kind, running in correlations.items()}
     return metrics | {
         f"learning_pattern/{kind}correlation": correlation.r
-        for kind, correlation in correlations.items()
+        for kind, correlation in values.items()
         if not correlation.reason
     }

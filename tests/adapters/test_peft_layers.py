@@ -212,7 +212,10 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any], what: str = T
 )
 @pytest.mark.parametrize("silent", [False, True])
 def test_torchtune_and_nemo(spelling: str, silent: bool, tmp_path: Path) -> None:
-    model = ours("Linear")
+    model, fresh = ours("Linear"), base("Linear")
+    with torch.no_grad():
+        for each in (model, fresh):
+            each.get_submodule("layer").bias.zero_()  # which torchtune scales, and NeMo does not
     save_peft_adapter(model, tmp_path)
     prefix = "base_model.model.layer."
     rewrite(
@@ -220,7 +223,25 @@ def test_torchtune_and_nemo(spelling: str, silent: bool, tmp_path: Path) -> None
     )
     if silent:  # torchtune's config says nothing of DoRA
         rewrite(tmp_path, lambda options: options.pop("use_dora"), CONFIG)
-    assert torch.equal(outputs(load_peft_adapter(base("Linear"), tmp_path), "Linear"), outputs(model, "Linear"))
+    assert torch.equal(outputs(load_peft_adapter(fresh, tmp_path), "Linear"), outputs(model, "Linear"))
+
+
+def test_torchtune_scales_the_bias(tmp_path: Path) -> None:
+    """``y = g (W x + s B A x + bias)`` there: another function, unless the bias is zero."""
+    model = ours("Linear")
+    layer: Any = model.get_submodule("layer")
+    x = KINDS["Linear"].inputs()
+    theirs = layer.gain() * (x @ (layer.weight + layer.scaling * layer.lora_B @ layer.lora_A).T + layer.bias)
+    assert not torch.allclose(theirs, layer(x), atol=1e-3)
+    save_peft_adapter(model, tmp_path)
+    prefix = "base_model.model.layer."
+    rewrite(
+        tmp_path, lambda tensors: tensors.update({prefix + "magnitude": tensors.pop(prefix + "lora_magnitude_vector")})
+    )
+    fresh = base("Linear")
+    with pytest.raises(ValueError, match=r"layer has a bias, .* torchtune's .* scales the bias"):
+        load_peft_adapter(fresh, tmp_path)
+    assert not any(True for _ in adapter_layers(fresh))
 
 
 def test_a_silent_config_without_magnitudes_is_lora(tmp_path: Path) -> None:

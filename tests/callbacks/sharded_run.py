@@ -28,7 +28,7 @@ class Words(TextDataModule):
 
     def build_samples(self, stage: Stage) -> list[Sample]:
         words = ("cold", "hot", "true", "false")
-        count = {"train": 48, "validation": 8}.get(stage, 0)
+        count = {"train": 48, "validate": 8}.get(stage, 0)
         # one token each in the tiny tokenizer
         answers = ("hot", "true")
         return [Sample(f"is {words[n % 4]} {words[n // 4 % 4]}", f" {answers[n % 7 % 2]}") for n in range(count)]

@@ -273,3 +273,12 @@ def test_checkpointing_of_a_block_by_hand_is_not_nested() -> None:
         checkpoint_activations(block)
     block(torch.ones(1, 8, requires_grad=True)).sum().backward()
     assert block.runs == 2
+
+
+def test_every_name_of_a_block_must_match(make_trainer: MakeTrainer) -> None:
+    model = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), nn.Linear(8, 8)])
+    with pytest.raises(ValueError, match=r"no transformer blocks found \('Typo' of blocks="):
+        find_blocks(model, ["TransformerEncoderLayer", "Typo"])
+    # on one device without activation checkpointing, where no blocks are needed, too
+    with pytest.raises(ValueError, match="no transformer blocks found"):
+        make_trainer(callbacks=[DoRA(rank=2), ShardedTraining(None, blocks=["Typo"])]).fit(Plain(), make_loader())

@@ -175,6 +175,59 @@ def test_only_the_modules_that_are_named(
             )
 
 
+def test_a_measurement_writes_its_own_rows_alone(
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from plain_modules import Plain, make_loader
+
+    from dora_lightning.adapters.analysis import WeightChange, correlation
+    from dora_lightning.analyzing import records
+    from dora_lightning.callbacks import WeightDecomposition, weight_decomposition
+
+    written: list[int] = []
+
+    def counted(path: Path, some: list[Any], write: Any) -> None:
+        written.append(len(some))
+        write(path, some)
+
+    for name in ("write_records", "append_records"):
+        monkeypatch.setattr(weight_decomposition, name, partial(counted, write=getattr(records, name)))
+    callback = WeightDecomposition(every_n_steps=1)
+    for _ in range(2):  # the rows of a new fit replace those of the first
+        written.clear()
+        make_trainer(max_epochs=4, callbacks=[callback], default_root_dir=tmp_path).fit(Plain(), make_loader())
+        assert written == [3] * 16
+        found = rows(tmp_path)
+        assert [row["step"] for row in found] == [step for step in range(1, 17) for _ in range(3)]
+    for kind, running in callback._correlations.items():
+        some = [row for row in found if kind in ("", f"{row['type']}/")]
+        expected = correlation([WeightChange(row["delta_m"], row["delta_d"]) for row in some])
+        assert running.value().r == pytest.approx(expected.r, rel=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_line_cut_in_two_is_dropped(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    from plain_modules import Plain, SaveAt, make_loader
+
+    from dora_lightning.analyzing.records import read_records
+    from dora_lightning.callbacks import WeightDecomposition
+
+    def fit(*callbacks: Callback, **options: Any) -> None:
+        trainer = make_trainer(
+            max_epochs=4, callbacks=[WeightDecomposition(every_n_steps=3), *callbacks], default_root_dir=tmp_path
+        )
+        trainer.fit(Plain(), make_loader(), **options)
+
+    fit(SaveAt(tmp_path / "at8.ckpt", 8))
+    expected = rows(tmp_path)
+    path = tmp_path / "learning_pattern.jsonl"
+    text = path.read_bytes()
+    path.write_bytes(text[: len(text) - 40])
+    assert len(read_records(path)) == len(expected) - 1
+    fit(ckpt_path=tmp_path / "at8.ckpt", weights_only=True)
+    assert rows(tmp_path) == expected
+
+
 def test_bad_steps_are_refused() -> None:
     from dora_lightning.callbacks import WeightDecomposition
 
