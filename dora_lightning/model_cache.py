@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from dora_lightning.files import write_folder
+
+_READ = (".bin", ".json", ".model", ".safetensors", ".txt", ".jinja")
 
 
 def cache_folder() -> Path:
@@ -19,16 +22,11 @@ def cached(folder: Path, make: Callable[[Path], None]) -> Path:
 
     Args:
         folder: inside the cache.
-        make: fills the folder it is given, which does not exist yet.
+        make: fills the folder it is given, which exists.
     """
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        made = Path(temporary) / "made"
-        make(made)
+    if not folder.is_dir():
         try:
-            os.replace(made, folder)
+            write_folder(folder, make)
         except OSError:
             if not folder.is_dir():  # another process may have come first with the same one
                 raise
@@ -41,6 +39,11 @@ def digest(*parts: object) -> str:
 
 
 def file_stamp(path: Path) -> str:
-    """Path, size and time of a file: another one if it was changed."""
+    """Path, size and times of a file: another one if it was changed, even by a copy that keeps the time of writing."""
     stat = path.stat()
-    return f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    return f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+
+
+def folder_stamps(folder: Path) -> list[str]:
+    """Stamps of what is read of a model's folder: weights, configs and tokenizers."""
+    return [file_stamp(path) for path in sorted(folder.iterdir()) if path.suffix in _READ]

@@ -139,9 +139,13 @@ def test_texts_that_look_like_markup_are_printed_as_they_are(
 def test_merge_refuses_and_overwrites(adapter: str, merged: str) -> None:
     with pytest.raises(FileExistsError, match="exists; choose another folder or pass overwrite"):
         merge(adapter, merged)
-    (Path(merged) / "old.txt").touch()
+    before = (Path(merged) / "model.safetensors").stat().st_ino
     merge(adapter, merged, overwrite=True)
-    assert not (Path(merged) / "old.txt").exists()
+    assert (Path(merged) / "model.safetensors").stat().st_ino != before
+    (Path(merged) / "mine.txt").touch()
+    with pytest.raises(FileExistsError, match=r"it holds mine\.txt, which dora-lightning did not write there"):
+        merge(adapter, merged, overwrite=True)
+    assert (Path(merged) / "mine.txt").exists()
 
 
 def test_a_base_that_moved(adapter: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from dora_lightning.adapters.config import AdapterConfig
@@ -31,6 +29,7 @@ from dora_lightning.adapters.peft_format import (
     to_disk,
 )
 from dora_lightning.adapters.vera import VeRALinear
+from dora_lightning.files import open_atomically
 
 
 def save_peft_adapter(model: nn.Module, folder: str | Path, save_projection: bool | None = None) -> Path:
@@ -195,17 +194,14 @@ def _exact_names(names: Iterable[str], root: nn.Module) -> str | list[str]:
 def _write(folder: Path, options: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; name a folder to write the adapter to")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.partial-"))
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        save_file(tensors, partial / TENSORS_NAME, metadata={"format": "pt"})
-        (partial / CONFIG_NAME).write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
-        partial.chmod(0o755)
-        if folder.exists():
-            for name in (TENSORS_NAME, CONFIG_NAME):
-                (partial / name).chmod(0o644)
-                (partial / name).replace(folder / name)
-        else:
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        # both are written before either is in its place: an adapter that was there is not mixed with this one
+        with open_atomically(folder / CONFIG_NAME) as config, open_atomically(folder / TENSORS_NAME) as weights:
+            weights.write(save(tensors, metadata={"format": "pt"}))
+            config.write((json.dumps(options, indent=2) + "\n").encode())
+    except BaseException:
+        if made:
+            folder.rmdir()
+        raise

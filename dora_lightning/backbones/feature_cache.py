@@ -8,19 +8,18 @@ processes may share a cache.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from dora_lightning.files import write_atomically
 from dora_lightning.training.base_identity import weights_digest
 
 
@@ -98,7 +97,5 @@ class FeatureCache:
 
     def _save(self, path: Path, features: Tensor) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-        os.close(descriptor)
-        save_file({"features": features.cpu().contiguous()}, partial)
-        os.replace(partial, path)
+        # not waited for until it is on disk: what a machine that goes down cuts short is computed anew
+        write_atomically(path, lambda file: file.write(save({"features": features.cpu().contiguous()})), durable=False)

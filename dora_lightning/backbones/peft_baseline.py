@@ -6,8 +6,6 @@ bottleneck adapters are not here: PEFT has none, and the library ``adapters`` (1
 
 from __future__ import annotations
 
-import os
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,6 +39,7 @@ from dora_lightning.backbones.peft_methods import (
     peft_library,
     texts_with_virtual_tokens,
 )
+from dora_lightning.files import write_folder
 from dora_lightning.pretrained import load_causal_lm, load_tokenizer
 from dora_lightning.task import Task
 from dora_lightning.training.adapter_checkpoint import KEY, add_frozen, check_adapter_entry, write_adapter_entry
@@ -247,8 +246,6 @@ class PeftLlama(Backbone):
         if folder.exists():
             raise FileExistsError(f"{folder} exists; give the folder of a new adapter")
         model = cast(Any, self.language_model)
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
         config = model.peft_config[ADAPTER]
         pattern = getattr(config, "rank_pattern", None)  # PEFT renames its keys in the live config
         try:
@@ -256,11 +253,10 @@ class PeftLlama(Backbone):
                 # AdaLoRA may leave a matrix no rank at all, which PEFT warns of, and reads
                 warnings.filterwarnings("ignore", "Adapter 'default': .* LoRA tensor")
                 # the base's embeddings do not train
-                model.save_pretrained(partial, save_embedding_layers=False)
+                write_folder(folder, lambda made: model.save_pretrained(made, save_embedding_layers=False))
         finally:
             if pattern is not None:
                 config.rank_pattern = pattern
-        os.replace(partial, folder)
 
 
 class _PeftRun(AdapterRun):

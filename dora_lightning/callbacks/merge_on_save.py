@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
 from dora_lightning.adapters import AdapterConfig, adapted_submodule
+from dora_lightning.files import check_folder, remove_folder
+from dora_lightning.files.digests import file_digest
+from dora_lightning.files.folders import adopt_folder
+from dora_lightning.pretrained import local_folder
 from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint, frozen_names, read_adapter_checkpoint
 from dora_lightning.training.base_identity import base_identity
-from dora_lightning.training.merging import merge_to_folder
+from dora_lightning.training.first_process import first_process_works
+from dora_lightning.training.merging import SOURCE_FILE, merge_to_folder
 from dora_lightning.training.sharded_checkpoint import whole_tensor
 from dora_lightning.training.stored_names import base_name_or_path
 
 WHEN = ("checkpoint", "best", "last", "fit_end")
-SOURCE_FILE = "merged_from.json"
-"""In a merged folder: the checkpoint it was made from, so that a restarted run knows what is merged already."""
 
 
 class MergeOnSave(Callback):
@@ -30,7 +32,10 @@ class MergeOnSave(Callback):
 
     The base's weights are streamed from its own files, one tensor at a time; what trains is not touched. A folder is
     there whole or not at all. For each checkpoint that ModelCheckpoint keeps, ``<checkpoint>-merged`` stands beside it,
-    and goes when the checkpoint goes.
+    and goes when the checkpoint goes. While the first process merges, the others wait for as long as it takes.
+
+    A folder that merging did not make, or that holds other files too, is never replaced: for ``fit_end`` that is an
+    error at the start of the fit; beside a checkpoint it is a warning, and the checkpoint is not merged.
 
     Args:
         when: ``checkpoint`` for every checkpoint that is kept, ``best`` or ``last`` for that one alone, or ``fit_end``
@@ -50,7 +55,22 @@ class MergeOnSave(Callback):
         self.when = when
         self.dirpath = dirpath
         self.base = base
-        self._seen: list[dict[str, Any]] = []
+        self._seen: list[Any] = []
+        self._merged: dict[Path, Path] = {}
+        self._digests: dict[tuple[Path, int, int], str] = {}
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See before the fit whether its end can be written.
+
+        Raises:
+            FileExistsError: the folder may not be replaced.
+        """
+        if self.when == "fit_end" and stage == "fit":
+            base = self.base or getattr(pl_module, "model_name_or_path", None)
+            root, folder = self._folders(trainer)
+            keep = [Path(base)] if isinstance(base, str) and Path(base).is_dir() else []
+            check_folder(folder, overwrite=True, keep=[root, *keep])
 
     @override
     def on_train_batch_end(
@@ -68,31 +88,54 @@ class MergeOnSave(Callback):
             self._merge_checkpoints(trainer, pl_module)
 
     def _merge_checkpoints(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.when == "fit_end" or not trainer.is_global_zero:
+        if self.when == "fit_end":
             return
-        wanted, kept = self._checkpoints(trainer)
-        present = [_stamp(checkpoint) for checkpoint in kept if checkpoint.is_file()]
-        if present == self._seen:
-            return
-        self._seen = present
-        folders = {checkpoint.parent for checkpoint in kept}
-        for folder in folders:
-            for merged in folder.glob("*-merged"):
-                source = _source_of(merged)
-                if source is not None and not (folder / source["checkpoint"]).exists():
-                    shutil.rmtree(merged)
-        for checkpoint in wanted:
-            if checkpoint.is_file() and _source_of(_merged_folder(checkpoint)) != _stamp(checkpoint):
-                adapter = read_adapter_checkpoint(checkpoint)
-                _, model = adapted_submodule(pl_module)
-                base = self.base or _loaded_from(pl_module, model)
-                notes = {SOURCE_FILE: json.dumps(_stamp(checkpoint)) + "\n"}
-                folder = merge_to_folder(base, adapter, _merged_folder(checkpoint), overwrite=True, notes=notes)
-                rank_zero_info(f"Merged model: {folder}")
-
-    def _checkpoints(self, trainer: Trainer) -> tuple[list[Path], list[Path]]:
-        """Checkpoints to merge, and all that are kept."""
         callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        # the same on all processes, which files on a disk of the first one's need not be
+        saved = [
+            (c.best_model_path, c.last_model_path, list(c.best_k_models), c._last_global_step_saved) for c in callbacks
+        ]
+        if saved == self._seen:
+            return
+        self._seen = saved
+        with first_process_works("merging checkpoints") as works:
+            if works:
+                self._merge_kept(callbacks, pl_module)
+
+    def _merge_kept(self, callbacks: list[ModelCheckpoint], pl_module: LightningModule) -> None:
+        wanted, kept = self._checkpoints(callbacks)
+        self._merged |= {_merged_folder(checkpoint): checkpoint for checkpoint in kept if checkpoint.is_file()}
+        for merged, checkpoint in self._merged.items():
+            if merged.is_dir() and not checkpoint.exists():
+                remove_folder(merged)
+        _, model = adapted_submodule(pl_module)
+        for checkpoint in wanted:
+            if not checkpoint.is_file():
+                continue
+            base = self.base or _loaded_from(pl_module, model)
+            source, folder = self._source(checkpoint, base), _merged_folder(checkpoint)
+            found = _source_of(folder)
+            if found == source:
+                continue
+            if found is not None:
+                adopt_folder(folder, {SOURCE_FILE, *(file.name for file in local_folder(base).iterdir())})
+            notes = {SOURCE_FILE: json.dumps(source) + "\n"}
+            try:
+                merge_to_folder(base, read_adapter_checkpoint(checkpoint), folder, overwrite=True, notes=notes)
+                rank_zero_info(f"Merged model: {folder}")
+            except FileExistsError as error:
+                rank_zero_warn(f"{checkpoint} is not merged: {error}")
+
+    def _source(self, checkpoint: Path, base: str) -> dict[str, str]:
+        """What a merged folder is made from."""
+        stat = checkpoint.stat()
+        known = (checkpoint, stat.st_size, stat.st_mtime_ns)
+        if known not in self._digests:
+            self._digests[known] = file_digest(checkpoint)
+        return {"checkpoint": checkpoint.name, "sha256": self._digests[known], "base": base}
+
+    def _checkpoints(self, callbacks: list[ModelCheckpoint]) -> tuple[list[Path], list[Path]]:
+        """Checkpoints to merge, and all that are kept."""
         best = [callback.best_model_path for callback in callbacks]
         last = [callback.last_model_path for callback in callbacks]
         top = [path for callback in callbacks for path in callback.best_k_models]
@@ -106,15 +149,19 @@ class MergeOnSave(Callback):
         frozen = frozen_names(model)
         # every process takes part in gathering what is sharded
         tensors = {name: whole_tensor(t) for name, t in model.state_dict().items() if name not in frozen}
+        _, folder = self._folders(trainer)
+        with first_process_works("merging") as works:
+            if works:
+                config = cast(AdapterConfig, model.adapter_config)
+                base = self.base or _loaded_from(pl_module, model)
+                adapter = AdapterCheckpoint(config, base_identity(model, base), tensors)
+                merge_to_folder(base, adapter, folder, overwrite=True)
+                rank_zero_info(f"Merged model: {folder}")
+
+    def _folders(self, trainer: Trainer) -> tuple[Path, Path]:
+        """The run's folder, and that of the model merged at the end; to be called on every process."""
         root = Path(trainer.log_dir or trainer.default_root_dir)  # asks the first process
-        if trainer.is_global_zero:
-            config = cast(AdapterConfig, model.adapter_config)
-            base = self.base or _loaded_from(pl_module, model)
-            adapter = AdapterCheckpoint(config, base_identity(model, base), tensors)
-            folder = Path(self.dirpath) if self.dirpath else root / "merged"
-            merge_to_folder(base, adapter, folder, overwrite=True)
-            rank_zero_info(f"Merged model: {folder}")
-        trainer.strategy.barrier("merge")
+        return root, Path(self.dirpath) if self.dirpath else root / "merged"
 
 
 def _paths(names: list[str]) -> list[Path]:
@@ -125,15 +172,12 @@ def _merged_folder(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.stem}-merged")
 
 
-def _stamp(checkpoint: Path) -> dict[str, Any]:
-    """What tells a checkpoint from a later one of the same name."""
-    stat = checkpoint.stat()
-    return {"checkpoint": checkpoint.name, "size": stat.st_size, "modified_ns": stat.st_mtime_ns}
-
-
-def _source_of(merged: Path) -> dict[str, Any] | None:
+def _source_of(merged: Path) -> Any:
     path = merged / SOURCE_FILE
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError:
+        return None
 
 
 def _loaded_from(pl_module: LightningModule, model: nn.Module) -> str:

@@ -32,7 +32,7 @@ def merge(checkpoint: str, output: str, base: str | None = None, overwrite: bool
         checkpoint: adapter checkpoint (.ckpt) of a run.
         output: folder to write; transformers loads it without this library.
         base: folder or hub id of the base model; by default where the run loaded it from.
-        overwrite: replace the output folder if it exists.
+        overwrite: replace the output folder if it exists; only one that merging made, and that holds no other files.
     """
     adapter = read_adapter_checkpoint(checkpoint)
     folder = merge_to_folder(_base_of(checkpoint, adapter, base), adapter, output, overwrite)

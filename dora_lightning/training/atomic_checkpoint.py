@@ -7,7 +7,7 @@ on most clusters, the move is a copy, and a process killed in it leaves half a `
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -28,10 +28,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, lambda file: torch.save(checkpoint, file))
+        write_atomically(target, lambda file: _save(checkpoint, file))
 
 
 def write_checkpoints_atomically(strategy: Strategy) -> None:
     """Let ``strategy`` write checkpoints by :class:`AtomicCheckpointIO`, unless it was given a plugin of its own."""
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = AtomicCheckpointIO()
+
+
+def _save(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:
+        # of a disk that is full torch says "unexpected pos", while it closes the file
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise

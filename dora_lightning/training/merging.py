@@ -5,7 +5,7 @@ The base's safetensors files are copied tensor by tensor; a tensor that an adapt
 file's header stays as it is. Memory holds one weight at a time. Of an adapter on a quantised base, each weight that was
 quantised is so again, checked, and dequantised: the merged model is ``g (W_dq + s B A)``, since ``W_dq`` is what was
 trained on, and not the ``W`` that the file holds. Everything is written beside the target and renamed at
-the end: a reader never sees a part.
+the end: a reader never sees a part. What is replaced is a folder that was made so, never the base.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,11 +26,15 @@ from dora_lightning.adapters.functional import merge_weight
 from dora_lightning.adapters.operators import as_matrix, as_stored, ungrouped
 from dora_lightning.adapters.quantized import dequantized, quantize_again
 from dora_lightning.adapters.vera import scaled_pair, shared_pair
+from dora_lightning.files import check_folder, write_folder
+from dora_lightning.files.folders import MARKER, tidy_folder
 from dora_lightning.pretrained import local_folder
 from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint
 from dora_lightning.training.base_identity import check_weight_of_base
 from dora_lightning.training.stored_names import base_name
 
+SOURCE_FILE = "merged_from.json"
+"""Among the notes of a merged folder: the checkpoint it was made from, so that a restarted run knows what is merged."""
 # tensors of an adapter by the last part of their names; anything else replaces the base's tensor of its name
 _PARTS = ("magnitude", "lora_A", "lora_B", "init_A", "init_B", "lambda_d", "lambda_b")
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
@@ -50,22 +53,21 @@ def merge_to_folder(
         base: folder, hub id, GGUF file or package the adapter was trained on.
         adapter: config, identity of the base, and trained tensors.
         output: folder to make.
-        overwrite: replace ``output`` if it exists.
+        overwrite: replace ``output`` if it exists, was made by this function, and holds no other files.
         notes: text files to write beside the weights, name -> text.
 
     Returns:
         ``output``.
 
     Raises:
-        FileExistsError: ``output`` exists and may not be overwritten.
+        FileExistsError: ``output`` exists and may not be replaced, see :func:`dora_lightning.files.check_folder`.
         ValueError: the base is not the one the adapter was trained on, or has no safetensors; an adapted weight is tied
             to another module's, which would change with it.
         OSError: the disk is full. Nothing is left behind in any case.
     """
     output = Path(output)
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} exists; choose another folder or pass overwrite")
     source = local_folder(base)
+    check_folder(output, overwrite, keep=[source])
     files = sorted(source.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{source} holds no safetensors files, the only kind of weights that is read")
@@ -85,28 +87,26 @@ def merge_to_folder(
     updates = _of_stored_weights(files, updates, source)
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in (*output.parent.glob(f".{output.name}.partial-*"), *output.parent.glob(f".{output.name}.old-*")):
-        shutil.rmtree(leftover)  # of a process that was killed
+    tidy_folder(output)  # before the space that it takes is counted
     _check_space(sum(file.stat().st_size for file in files), output.parent)
-    partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.partial-"))
-    try:
+
+    def write(folder: Path) -> None:
         for file in source.iterdir():
-            if file.is_file() and file.suffix not in _WEIGHT_SUFFIXES and not file.name.endswith(".bin.index.json"):
-                shutil.copyfile(file, partial / file.name)
+            if file.is_file() and not _is_weights(file) and file.name not in (MARKER, SOURCE_FILE):
+                shutil.copyfile(file, folder / file.name)
         for file in files:
-            _merge_file(file, partial / file.name, adapter, updates, base)
+            _merge_file(file, folder / file.name, adapter, updates, base)
         for name, text in (notes or {}).items():
-            (partial / name).write_text(text, encoding="utf-8")
-        partial.chmod(0o755)
-        _replace(partial, output)
+            (folder / name).write_text(text, encoding="utf-8")
+
+    try:
+        write_folder(output, write, overwrite, keep=[source])
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(
                 error.errno, f"the disk filled up while merging into {output}; nothing was left there"
             ) from error
         raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return output
 
 
@@ -235,19 +235,13 @@ def _config_of(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def _is_weights(file: Path) -> bool:
+    return file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".bin.index.json")
+
+
 def _check_space(needed: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
             errno.ENOSPC, f"the merged model takes {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free"
         )
-
-
-def _replace(partial: Path, output: Path) -> None:
-    if not output.exists():
-        partial.rename(output)
-        return
-    old = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.old-"))
-    output.rename(old / output.name)
-    partial.rename(output)
-    shutil.rmtree(old)

@@ -25,12 +25,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dora_lightning.model_cache import cache_folder, cached, digest, file_stamp
+from dora_lightning.model_cache import cache_folder, cached, digest, file_stamp, folder_stamps
 from dora_lightning.open_clip_tower import OpenClipVision, build_tower
 from dora_lightning.pretrained import not_loaded, resolve_pretrained
 from dora_lightning.vl_bart.model import VLBart, VLBartConfig
 
-_READ = (".bin", ".json", ".model", ".safetensors", ".txt")  # weights, configs and tokenizers
 _EXTRA_TOKENS = 100  # that VL-T5 adds before those of object order
 _SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
 
@@ -142,7 +141,7 @@ def _sources(parts: VLBartParts) -> list[str]:
     tokenizer = _tokenizer_source(parts.tokenizer) if isinstance(parts.tokenizer, str) else None
     for name in (language, tokenizer):
         if name is not None and Path(name).is_dir():
-            sources += map(file_stamp, sorted(path for path in Path(name).iterdir() if path.suffix in _READ))
+            sources += folder_stamps(Path(name))
     weights = parts.vision.pretrained if parts.vision is not None else None
     if weights is not None and Path(weights).is_file():
         sources.append(file_stamp(Path(weights)))

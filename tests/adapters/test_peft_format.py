@@ -23,7 +23,7 @@ from dora_lightning import (
     merge_adapters,
     save_peft_adapter,
 )
-from dora_lightning.adapters import adapter_layers
+from dora_lightning.adapters import adapter_layers, peft_writing
 from tests.adapters.perturbed import perturb
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -304,7 +304,7 @@ def test_a_failed_write_leaves_the_old_files(load: Load, tmp_path: Path, monkeyp
     def full(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(peft_writing, "save", full)
     for target in (folder, tmp_path / "other"):
         with pytest.raises(OSError, match="No space left"):
             save_peft_adapter(our_adapter(load()), target)

@@ -30,9 +30,11 @@ from sharded_run import Words
 from dora_lightning import AdapterConfig
 from dora_lightning.backbones import DoRALlama
 from dora_lightning.callbacks import MergeOnSave, merge_on_save
+from dora_lightning.files.digests import file_digest
+from dora_lightning.files.folders import MARKER
 from dora_lightning.training import atomic_checkpoint
 from dora_lightning.training.adapter_checkpoint import read_adapter_checkpoint
-from dora_lightning.training.merging import merge_to_folder
+from dora_lightning.training.merging import SOURCE_FILE, merge_to_folder
 
 STEPS = 60
 PHASES = ("starting", "training", "saving", "merging")
@@ -150,13 +152,13 @@ def check_disk(llama: str, folder: Path, scratch: Path) -> int:
         names = set(weights.keys())
     for merged in folder.glob("*-merged"):
         files = {path.name for path in merged.iterdir()}
-        assert files == {path.name for path in base.iterdir()} | {merge_on_save.SOURCE_FILE}, merged
+        assert files == {path.name for path in base.iterdir()} | {SOURCE_FILE, MARKER}, merged
         with safe_open(merged / "model.safetensors", "pt") as weights:
             assert set(weights.keys()) == names, merged
             assert all(weights.get_tensor(name).isfinite().all() for name in names), merged
-        source = json.loads((merged / merge_on_save.SOURCE_FILE).read_text())
+        source = json.loads((merged / SOURCE_FILE).read_text())
         checkpoint = folder / source["checkpoint"]
-        if checkpoint.exists() and merge_on_save._stamp(checkpoint) == source:
+        if checkpoint.exists() and file_digest(checkpoint) == source["sha256"]:
             again = merge_to_folder(llama, read_adapter_checkpoint(checkpoint), scratch, overwrite=True)
             ours, theirs = (path / "model.safetensors" for path in (merged, again))
             assert ours.read_bytes() == theirs.read_bytes(), merged

@@ -1,5 +1,7 @@
 """MergeOnSave writes what transformers loads, and does not touch what trains."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ from tiny import MakeBackbone, MakeData, MakeTrainer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from dora_lightning import AdapterConfig, inject_adapters
-from dora_lightning.callbacks import MergeOnSave
+from dora_lightning.callbacks import MergeOnSave, merge_on_save
+from dora_lightning.files.folders import MARKER
 from dora_lightning.training import merging
+from dora_lightning.training.merging import SOURCE_FILE
 
 IDS = torch.arange(3, 50)[None]
 
@@ -129,6 +133,85 @@ def test_a_disk_that_fills_up_leaves_no_half_folder(
     with pytest.raises(OSError, match="the disk filled up"):
         trainer.fit(make_backbone(), datamodule=make_data())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["runs", "."])
+def test_a_folder_that_holds_something_is_refused_before_training(
+    make_backbone: MakeBackbone,
+    make_data: MakeData,
+    make_trainer: MakeTrainer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "result.json").write_text("mine")
+    module = make_backbone()
+    trainer = make_trainer(max_steps=1, callbacks=[MergeOnSave("fit_end", dirpath=place)])
+    with pytest.raises(FileExistsError, match="still needed" if place == "." else r"it holds result\.json"):
+        trainer.fit(module, datamodule=make_data())
+    assert trainer.global_step == 0
+    assert (tmp_path / "runs" / "result.json").read_text() == "mine"
+
+
+def test_the_run_itself_is_never_replaced(
+    make_backbone: MakeBackbone, make_data: MakeData, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    # there is nothing at the start, and all of the run at the end
+    trainer = make_trainer(max_steps=1, default_root_dir=tmp_path / "new" / "run")
+    trainer.callbacks.append(MergeOnSave("fit_end", dirpath=str(tmp_path / "new")))
+    with pytest.raises(FileExistsError, match=r"new is or holds .*new/run, which is still needed"):
+        trainer.fit(make_backbone(), datamodule=make_data())
+    assert trainer.global_step == 0
+
+
+def fit_with_last(
+    make_backbone: MakeBackbone, make_data: MakeData, make_trainer: MakeTrainer, folder: Path, steps: int
+) -> Path:
+    """Merges ``last.ckpt`` at the end of each fit; returns its merged folder."""
+    saver = ModelCheckpoint(folder, "last", every_n_train_steps=steps, enable_version_counter=False)
+    make_trainer(max_steps=steps, limit_val_batches=0, callbacks=[MergeOnSave("checkpoint"), saver]).fit(
+        make_backbone(), datamodule=make_data()
+    )
+    return folder / "last-merged"
+
+
+def test_a_users_file_beside_merged_weights_stays(
+    make_backbone: MakeBackbone,
+    make_data: MakeData,
+    make_trainer: MakeTrainer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(merge_on_save, "rank_zero_warn", warned.append)
+    parts = (make_backbone, make_data, make_trainer, tmp_path / "saved")
+    merged = fit_with_last(*parts, steps=1)
+    before = (merged / "model.safetensors").read_bytes()
+    (merged / "notes.txt").write_text("mine")
+    fit_with_last(*parts, steps=2)
+    assert len(warned) == 1
+    assert "last.ckpt is not merged: " in warned[0]
+    assert "it holds notes.txt, which dora-lightning did not write there" in warned[0]
+    assert (merged / "notes.txt").read_text() == "mine"
+    assert (merged / "model.safetensors").read_bytes() == before
+    (merged / "notes.txt").unlink()
+    (merged / MARKER).unlink()  # as an older version made it
+    fit_with_last(*parts, steps=3)
+    assert (merged / "model.safetensors").read_bytes() != before
+    source = json.loads((merged / SOURCE_FILE).read_text())
+    assert source["sha256"] == hashlib.sha256((tmp_path / "saved" / "last.ckpt").read_bytes()).hexdigest()
+
+
+def test_a_merged_folder_whose_checkpoint_the_user_removed_stays(
+    make_backbone: MakeBackbone, make_data: MakeData, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    merged = fit_with_last(make_backbone, make_data, make_trainer, tmp_path / "saved", steps=1)
+    (tmp_path / "saved" / "last.ckpt").rename(tmp_path / "saved" / "best.ckpt")
+    merged.rename(tmp_path / "saved" / "mine-merged")
+    fit_with_last(make_backbone, make_data, make_trainer, tmp_path / "saved", steps=2)
+    assert (tmp_path / "saved" / "mine-merged").is_dir()
 
 
 def test_bad_arguments() -> None:

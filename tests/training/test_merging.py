@@ -19,6 +19,7 @@ from tiny import MakeBackbone, MakeData, MakeLlama, MakeTrainer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from dora_lightning import AdapterConfig, inject_adapters, merge_adapters
+from dora_lightning.files.folders import MARKER
 from dora_lightning.training import merging
 from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint, frozen_names, read_adapter_checkpoint
 from dora_lightning.training.base_identity import base_identity
@@ -41,7 +42,7 @@ def adapt(folder: Path, **options: Any) -> tuple[PreTrainedModel, AdapterCheckpo
 
 
 def listing(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.iterdir()} - {MARKER}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -184,14 +185,44 @@ def test_transformers_loads_it_without_this_library(tiny_llama: Path, tmp_path: 
 def test_an_existing_folder_is_refused_or_replaced(tiny_llama: Path, tmp_path: Path) -> None:
     _, adapter = adapt(tiny_llama)
     output = tmp_path / "merged"
-    output.mkdir()
-    (output / "keep.txt").write_text("mine")
+    merge_to_folder(str(tiny_llama), adapter, output)
+    before = (output / "model.safetensors").read_bytes()
     with pytest.raises(FileExistsError, match=r"merged exists; choose another folder or pass overwrite"):
         merge_to_folder(str(tiny_llama), adapter, output)
-    assert listing(output) == {"keep.txt"}
-    merge_to_folder(str(tiny_llama), adapter, output, overwrite=True)
+    _, other = adapt(tiny_llama, rank=3)
+    merge_to_folder(str(tiny_llama), other, output, overwrite=True)
+    assert (output / "model.safetensors").read_bytes() != before
     assert listing(output) == listing(tiny_llama)
     assert listing(tmp_path) == {"merged"}
+
+
+def test_a_folder_of_the_users_is_never_replaced(tiny_llama: Path, tmp_path: Path) -> None:
+    _, adapter = adapt(tiny_llama)
+    output = tmp_path / "merged"
+    output.mkdir()
+    (output / "keep.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"merged is not replaced: it holds keep\.txt and no \.dora-lightning"):
+        merge_to_folder(str(tiny_llama), adapter, output, overwrite=True)
+    (output / "keep.txt").unlink()
+    merge_to_folder(str(tiny_llama), adapter, output, overwrite=True)
+    (output / "keep.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"it holds keep\.txt, which dora-lightning did not write there"):
+        merge_to_folder(str(tiny_llama), adapter, output, overwrite=True)
+    assert listing(output) == listing(tiny_llama) | {"keep.txt"}
+    assert listing(tmp_path) == {"merged"}
+
+
+def test_the_base_is_never_replaced(tiny_llama: Path, tmp_path: Path) -> None:
+    _, adapter = adapt(tiny_llama)
+    # a base that merging made, which has a marker
+    base = merge_to_folder(str(tiny_llama), adapter, tmp_path / "models" / "base")
+    _, adapter = adapt(base)
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    (tmp_path / "link").symlink_to(tmp_path / "models")
+    for output in (base, base.parent, tmp_path / "link" / "base"):
+        with pytest.raises(FileExistsError, match=r"is or holds .*base, which is still needed"):
+            merge_to_folder(str(base), adapter, output, overwrite=True)
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
 
 
 def test_another_base_is_refused(tiny_llama: Path, make_llama: MakeLlama, tmp_path: Path) -> None:
@@ -203,12 +234,12 @@ def test_another_base_is_refused(tiny_llama: Path, make_llama: MakeLlama, tmp_pa
 
 def test_a_failure_leaves_what_was_there_before(tiny_llama: Path, make_llama: MakeLlama, tmp_path: Path) -> None:
     _, adapter = adapt(tiny_llama)
-    (tmp_path / "merged").mkdir()
-    (tmp_path / "merged" / "old.txt").write_text("old")
+    merge_to_folder(str(tiny_llama), adapter, tmp_path / "merged")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()}
     with pytest.raises(ValueError, match="another base"):
         merge_to_folder(str(make_llama(seed=1)), adapter, tmp_path / "merged", overwrite=True)
     assert listing(tmp_path) == {"merged"}
-    assert listing(tmp_path / "merged") == {"old.txt"}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()} == before
 
 
 def test_a_base_without_the_adapted_weights_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
