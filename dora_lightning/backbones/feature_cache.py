@@ -8,6 +8,7 @@ processes may share a cache.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class FeatureCache:
         self._layers = [layer % states for layer in layers]
         self._states = states
         self._forward: Callable[..., Any] = tower.forward
-        self._digest = weights_digest(tower)
+        self._digest = _digest_of(tower)
         tower.forward = self  # the tower keeps its name, and its weights theirs
 
     @torch.no_grad()
@@ -86,7 +87,9 @@ class FeatureCache:
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self._tower.dtype
         layers = "-".join(map(str, self._layers))
         tower = f"{self._digest}-{str(precision).removeprefix('torch.')}-{layers}"
-        name = hashlib.sha256(image.contiguous().float().numpy().tobytes()).hexdigest()
+        # an image of one color has the same bytes upright and across
+        pixels = str(tuple(image.shape)).encode() + image.contiguous().float().numpy().tobytes()
+        name = hashlib.sha256(pixels).hexdigest()
         return self.folder / tower / name[:2] / f"{name}.safetensors"
 
     def _load(self, path: Path) -> Tensor | None:
@@ -99,3 +102,14 @@ class FeatureCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         # not waited for until it is on disk: what a machine that goes down cuts short is computed anew
         write_atomically(path, lambda file: file.write(save({"features": features.cpu().contiguous()})), durable=False)
+
+
+def _digest_of(tower: PreTrainedModel) -> str:
+    """Its weights, and what else its output depends on: activations and epsilons are no weights."""
+    options = {
+        key: value
+        for key, value in tower.config.to_dict().items()
+        if key not in ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+    }
+    described = f"{type(tower).__name__} {json.dumps(options, sort_keys=True, default=str)} {weights_digest(tower)}"
+    return hashlib.sha256(described.encode()).hexdigest()[:16]

@@ -1,7 +1,8 @@
 """Recognise a base model by its numbers, so that an adapter is never put on another one by mistake.
 
-Of each weight a checksum of its bits is kept, which any change alters, and a few values, which are still comparable
-when the same weights are loaded in another dtype.
+Of each weight a digest of dtype, shape and bits is kept, which any change alters, and projections, which are still
+comparable when the same weights are loaded in another dtype. Checkpoints of older versions have, in their place, a sum
+of bits and a few values, neither of which sees rows in another order; both are still made, to be compared with those.
 """
 
 from __future__ import annotations
@@ -11,23 +12,33 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dora_lightning.adapters.quantized import is_quantized, packed_tensors, row_slabs, scheme_of
 from dora_lightning.training.stored_names import base_name, stored_names
+from dora_lightning.training.weight_digests import (
+    PartialDigest,
+    digest_of,
+    digests_of,
+    project,
+    same_but_for_rounding,
+)
 
 _SAMPLES = 8
 # two roundings to half precision of the same number differ by less than this
 _OTHER_DTYPE_RTOL = 2.0**-7
+_weakly_compared: set[str] = set()
 
 
 def base_identity(model: nn.Module, name: str) -> dict[str, Any]:
     """What a base model is, in plain containers.
 
-    Its name, a checksum and a few values of each of its frozen weights, and the names of weights that its files call
-    otherwise than the model does. Of a quantised weight the checksum is that of the packed data, the values are
-    dequantised ones, and ``quantized`` says how it came about.
+    Its name, digest and projections of each of its frozen weights, and the names of weights that its files call
+    otherwise than the model does. Of a quantised weight the digest is that of the packed data, the projections are
+    those of the dequantised weight, and ``quantized`` says how it came about. ``checksums`` and ``samples`` are what
+    older versions compare.
 
     Args:
         model: the model with real weights, with or without adapters.
@@ -65,7 +76,7 @@ def check_same_base(saved: dict[str, Any], present: dict[str, Any]) -> None:
     Raises:
         ValueError: they differ; the message names both models and the first weight that differs.
     """
-    theirs, ours = saved["samples"], present["samples"]
+    theirs, ours = saved["dtypes"], present["dtypes"]
     for key in sorted(theirs.keys() ^ ours.keys()):
         where = "this base" if key in theirs else "the checkpoint's base"
         raise _wrong_base(saved, present["name"], f"{where} has no weight {key}")
@@ -78,7 +89,7 @@ def check_weight_of_base(saved: dict[str, Any], key: str, weight: Tensor | nn.Mo
 
     A quantised weight is given as the layer that has it.
     """
-    if key not in saved["samples"]:
+    if key not in saved["dtypes"]:
         return
     if isinstance(weight, Tensor):
         present = _identity({key: weight}, name)
@@ -89,15 +100,15 @@ def check_weight_of_base(saved: dict[str, Any], key: str, weight: Tensor | nn.Mo
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A short name for a model's weights: any change to one of them gives another."""
-    sums = sorted((name, tuple(p.shape), str(p.dtype), _checksum(p)) for name, p in model.named_parameters())
-    return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
+    """A short name for a model's weights and buffers: any change to one of them gives another."""
+    tensors = dict(model.named_parameters()) | {name: buffer.detach() for name, buffer in model.named_buffers()}
+    return hashlib.sha256(repr(sorted(digests_of(tensors).items())).encode()).hexdigest()[:16]
 
 
 class StreamedIdentity:
     """The very identity :func:`base_identity` gives, of weights that are never whole anywhere.
 
-    Each process adds the rows it holds; sums of bits, and values, add up to those of the whole.
+    Each process adds the rows it holds, in their order; what it has made of them is put together with the others'.
     """
 
     def __init__(self, name: str, dtypes: Mapping[str, torch.dtype], stored: Mapping[str, str]) -> None:
@@ -106,9 +117,12 @@ class StreamedIdentity:
         self._dtypes = dict(dtypes)
         self._sums: dict[str, int] = {}
         self._values: dict[str, dict[int, float]] = {}
+        self._digests: dict[str, PartialDigest] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._projections: dict[str, Tensor] = {}
 
     def add(self, key: str, piece: Tensor, first: int, numel: int) -> None:
-        """Add elements ``first, first + 1, ...`` of the flattened weight ``key``, which has ``numel`` in all."""
+        """Add whole rows of the weight ``key``, which has ``numel`` elements, from its element ``first`` on."""
         flat = piece.detach().reshape(-1)
         step = _sample_step(numel)
         values = self._values.setdefault(key, {})
@@ -117,37 +131,60 @@ class StreamedIdentity:
                 break
             values[position] = float(flat[position * step - first])
         self._sums[key] = self._sums.get(key, 0) + _checksum_of_piece(flat, first, numel)
+        row = piece[0].numel() if piece.ndim and len(piece) else 1
+        if key not in self._digests:
+            self._shapes[key] = (numel // row, *piece.shape[1:]) if piece.ndim else ()
+            self._digests[key] = PartialDigest(self._dtypes[key])
+            self._projections[key] = torch.zeros(())
+        self._digests[key].add(flat, first)
+        self._projections[key] = self._projections[key] + project(flat, first, row)
 
-    def parts(self) -> tuple[dict[str, int], dict[str, dict[int, float]]]:
+    def parts(self) -> dict[str, Any]:
         """What this process has added, to be sent to the others."""
-        return self._sums, self._values
-
-    def whole(self, parts: Sequence[tuple[dict[str, int], dict[str, dict[int, float]]]]) -> dict[str, Any]:
-        """The identity, from the parts of all processes."""
-        checksums = dict.fromkeys(self._dtypes, 0)
-        values: dict[str, dict[int, float]] = {key: {} for key in self._dtypes}
-        for sums, some in parts:
-            for key, value in sums.items():
-                checksums[key] += value
-            for key, positions in some.items():
-                values[key].update(positions)
         return {
-            "name": self._name,
-            "samples": {key: _as_samples(some) for key, some in values.items()},
-            # wraps around as the sum of 64-bit numbers does
-            "checksums": {key: (value + 2**63) % 2**64 - 2**63 for key, value in checksums.items()},
-            "dtypes": {key: str(dtype) for key, dtype in self._dtypes.items()},
-            "stored_names": self._stored,
+            key: (
+                self._sums[key],
+                self._values[key],
+                self._shapes[key],
+                digest.part(),
+                self._projections[key],
+            )
+            for key, digest in self._digests.items()
         }
+
+    def whole(self, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The identity, from the parts of all processes."""
+        identity = _empty_identity(self._name) | {"stored_names": self._stored}
+        for key, dtype in self._dtypes.items():
+            held = [part[key] for part in parts if key in part]
+            sums, values, shapes, digests, projections = zip(*held, strict=True)
+            shape = shapes[0]
+            # wraps around as the sum of 64-bit numbers does
+            identity["checksums"][key] = (sum(sums) + 2**63) % 2**64 - 2**63
+            identity["samples"][key] = _as_samples({place: value for some in values for place, value in some.items()})
+            identity["dtypes"][key] = str(dtype)
+            identity["digests"][key] = PartialDigest(dtype).whole(shape, digests)
+            identity["projections"][key] = sum(projections).tolist()
+        return identity
+
+
+def _empty_identity(name: str) -> dict[str, Any]:
+    return {"name": name, "digests": {}, "projections": {}, "dtypes": {}, "checksums": {}, "samples": {}}
 
 
 def _identity(weights: Mapping[str, Tensor], name: str) -> dict[str, Any]:
     return {
         "name": name,
-        "samples": {key: _sample(weight) for key, weight in weights.items()},
-        "checksums": {key: _checksum(weight) for key, weight in weights.items()},
+        "digests": digests_of(weights),
+        "projections": {key: project(weight, 0, _columns(weight)).tolist() for key, weight in weights.items()},
         "dtypes": {key: str(weight.dtype) for key, weight in weights.items()},
+        "checksums": {key: _checksum(weight) for key, weight in weights.items()},
+        "samples": {key: _sample(weight) for key, weight in weights.items()},
     }
+
+
+def _columns(weight: Tensor) -> int:
+    return weight[0].numel() if weight.ndim > 1 and len(weight) else 1
 
 
 def _add_quantized(identity: dict[str, Any], key: str, module: Any) -> None:
@@ -155,12 +192,17 @@ def _add_quantized(identity: dict[str, Any], key: str, module: Any) -> None:
     step = _sample_step(rows * columns)
     wanted = [step * position for position in range(_SAMPLES)]
     values = []
+    projections = torch.zeros(())
     for part, slab in row_slabs(module):
         first, last = part.start * columns, part.stop * columns
+        projections = projections + project(slab, first, columns)
         flat = slab.reshape(-1)
         values += [float(flat[index - first]) for index in wanted if first <= index < last]
     identity["samples"][key] = torch.tensor(values, device="cpu")
-    identity["checksums"][key] = sum(_checksum(tensor) for tensor in packed_tensors(module))
+    packed = packed_tensors(module)
+    identity["checksums"][key] = sum(_checksum(tensor) for tensor in packed)
+    identity["digests"][key] = hashlib.sha256("".join(map(digest_of, packed)).encode()).hexdigest()
+    identity["projections"][key] = projections.tolist()
     scheme = scheme_of(module)
     identity["dtypes"][key] = f"{scheme['scheme']} from {scheme['dtype']} on {scheme['device']}"
     identity.setdefault("quantized", {})[key] = scheme
@@ -170,15 +212,30 @@ def _compare(saved: dict[str, Any], present: dict[str, Any], key: str) -> None:
     theirs, ours = _format(saved, key), _format(present, key)
     if theirs != ours:
         raise _wrong_base(saved, present["name"], f"{key} was {theirs} in training and is {ours} here")
-    if saved["dtypes"][key] == present["dtypes"][key]:
-        same = saved["checksums"][key] == present["checksums"][key]
+    same_dtype = saved["dtypes"][key] == present["dtypes"][key]
+    if "digests" not in saved:
+        same = _is_the_same_by_sums(saved, present, key, same_dtype)
+    elif same_dtype:
+        same = saved["digests"][key] == present["digests"][key]
     else:
-        theirs, ours = saved["samples"][key], present["samples"][key]
-        same = theirs.shape == ours.shape and torch.allclose(
-            theirs, ours, rtol=_OTHER_DTYPE_RTOL, atol=1e-5 * _OTHER_DTYPE_RTOL
-        )
+        same = same_but_for_rounding(saved["projections"][key], present["projections"][key], _OTHER_DTYPE_RTOL)
     if not same:
         raise _wrong_base(saved, present["name"], f"{key} holds other values")
+
+
+def _is_the_same_by_sums(saved: dict[str, Any], present: dict[str, Any], key: str, same_dtype: bool) -> bool:
+    """The weaker check that checkpoints of older versions allow."""
+    if saved["name"] not in _weakly_compared:
+        _weakly_compared.add(saved["name"])
+        rank_zero_info(
+            f"The checkpoint was written by an older version: its base {saved['name']!r} is compared by sums and "
+            "samples of the weights, which do not see rows in another order. One saved now is compared by digests."
+        )
+    if same_dtype:
+        return bool(saved["checksums"][key] == present["checksums"][key])
+    theirs, ours = saved["samples"][key], present["samples"][key]
+    atol = 1e-5 * _OTHER_DTYPE_RTOL
+    return theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=_OTHER_DTYPE_RTOL, atol=atol)
 
 
 def _format(identity: dict[str, Any], key: str) -> str:

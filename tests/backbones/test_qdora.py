@@ -133,13 +133,14 @@ def test_another_base_is_refused(
     adapter = read_adapter_checkpoint(tmp_path / "run.ckpt")
     # nothing but quantised weights is another: the rest is that of the base
     weight = "model.layers.1.mlp.down_proj.weight"
-    adapter.base["checksums"][weight] += 1
+    digest = adapter.base["digests"][weight]
+    adapter.base["digests"][weight] = digest[::-1]
     with pytest.raises(ValueError, match=f"{weight} holds other values"):
         merge_to_folder(adapter.base["name"], adapter, tmp_path / "merged")
     # packed elsewhere, whose rounding may differ in a bit: the values decide
     adapter.base["dtypes"][weight] = "nf4 from float32 on cuda"
     merge_to_folder(adapter.base["name"], adapter, tmp_path / "merged")
-    adapter.base["samples"][weight][3] += 0.1
+    adapter.base["projections"][weight][3] += 0.1 * adapter.base["projections"][weight][-1] ** 0.5
     with pytest.raises(ValueError, match=f"{weight} holds other values"):
         merge_to_folder(adapter.base["name"], adapter, tmp_path / "other")
 
