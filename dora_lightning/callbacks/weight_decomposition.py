@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from dora_lightning.analyzing.records import (
 )
 from dora_lightning.analyzing.start_weights import SNAPSHOT_FILE, StartWeights, write_snapshot
 from dora_lightning.analyzing.stored_weights import is_matrix
+from dora_lightning.training.first_process import first_process_works
 from dora_lightning.training.sharded_checkpoint import whole_tensor
 
 
@@ -124,7 +126,9 @@ class WeightDecomposition(Callback):
         self._sharded = any(isinstance(tensor, DTensor) for watched in self._watched for tensor in _tensors(watched))
         self._last, self._measured = trainer.global_step, 0
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks the first process
-        self._prepare_start(trainer, pl_module, self._folder / SNAPSHOT_FILE)
+        with self._taking_part("reading where training starts") as takes_part:
+            if takes_part:
+                self._prepare_start(trainer, pl_module, self._folder / SNAPSHOT_FILE)
         if trainer.is_global_zero:
             # rows of an earlier fit, or of steps that are taken once more, are of another course of training
             path = self._folder / PATTERN_FILE
@@ -147,20 +151,20 @@ class WeightDecomposition(Callback):
         # with several optimisers a batch takes several steps
         due = every is not None and self._last // every > last // every
         if due or any(last < step <= self._last for step in self.steps):
-            self._measure(trainer)
+            self._measure_in_turn(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the end, and say where the rows are."""
         if trainer.global_step > 0:
             if self._measured != trainer.global_step:
-                self._measure(trainer)
+                self._measure_in_turn(trainer)
             rank_zero_info(f"Learning pattern: {self._folder / PATTERN_FILE}")
 
     def _prepare_start(self, trainer: Trainer, pl_module: LightningModule, path: Path) -> None:
         full = {watched.parameter: watched.weight for watched in self._watched if watched.weight is not None}
         self._start = None
-        if not full or not (trainer.is_global_zero or self._sharded):
+        if not full:
             return
         start = StartWeights(pl_module) if trainer.is_global_zero else None
         if self._last == 0:
@@ -190,10 +194,17 @@ class WeightDecomposition(Callback):
             )
         self._start = start
 
-    def _measure(self, trainer: Trainer) -> None:
-        step = self._measured = trainer.global_step
-        if not (trainer.is_global_zero or self._sharded):
-            return
+    def _taking_part(self, what: str) -> AbstractContextManager[bool]:
+        """All processes take part where they hold shards; else the first one works, and the others wait for it."""
+        return nullcontext(True) if self._sharded else first_process_works(what)
+
+    def _measure_in_turn(self, trainer: Trainer) -> None:
+        self._measured = trainer.global_step
+        with self._taking_part("measuring the learning pattern") as takes_part:
+            if takes_part:
+                self._measure(trainer, self._measured)
+
+    def _measure(self, trainer: Trainer, step: int) -> None:
         measured = []
         for watched in self._watched:
             change = self._change(watched, trainer.is_global_zero)
