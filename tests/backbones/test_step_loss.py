@@ -31,6 +31,7 @@ from dora_lightning.vl_bart import VLBartParts
 LENGTHS = [1, 60, 2, 7, 30, 1, 11, 3]
 ADAPTER = AdapterConfig(rank=4, target_modules=["q_proj", "v_proj"])
 Make = Callable[..., tuple[Any, Any]]
+NO_VALIDATION = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
 
 class Steps(Callback):
@@ -175,7 +176,9 @@ def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     for name, value in one.items():
         # of the biases of keys no gradient is left but rounding, which Adam makes steps of
         if not name.endswith("k_proj.bias"):
-            torch.testing.assert_close(other[name], value, rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(
+                other[name], value, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -212,9 +215,9 @@ def test_one_batch_is_as_ever(tiny_llama: Path, tmp_path: Path, make_trainer: Ma
         assert torch.equal(batches[1][name], value)
 
 
-def by_hand(module: Any, data: Any, windows: list[list[int]]) -> list[float]:
+def by_hand(module: Any, loader: Any, windows: list[list[int]]) -> list[float]:
     """The mean loss over the tokens of the batches of each step, out of logits of the whole model."""
-    batches = list(data.train_dataloader())
+    batches = list(loader)
     losses = []
     with torch.no_grad():
         for window in windows:
@@ -249,7 +252,7 @@ def test_steps_are_those_of_the_trainer(
     steps, _ = fit(make_trainer, module, data, **{"max_epochs": 1, **options})
     loader: Any = data.train_dataloader()
     loader.sampler.set_epoch(0)
-    assert steps.losses == pytest.approx(by_hand(module, data, windows), abs=1e-5)
+    assert steps.losses == pytest.approx(by_hand(module, loader, windows), abs=1e-5)
 
 
 def test_the_summary_has_the_losses_of_steps(tiny_llama: Path, tmp_path: Path, make_trainer: MakeTrainer) -> None:
@@ -281,6 +284,7 @@ def test_a_number_that_changes_with_the_epoch_holds_when_resumed(
         assert torch.equal(ours[name], value)
 
 
+@NO_VALIDATION
 def test_a_step_that_was_planned_otherwise_is_refused(
     tiny_llama: Path, tmp_path: Path, make_trainer: MakeTrainer
 ) -> None:
@@ -308,6 +312,7 @@ def test_a_step_that_was_planned_otherwise_is_refused(
         make(2, loss_mean="mean")
 
 
+@NO_VALIDATION
 def test_batches_that_know_no_step_are_averaged_and_it_is_said_once(
     tiny_llama: Path, tmp_path: Path, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
 ) -> None:
