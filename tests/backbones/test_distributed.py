@@ -122,7 +122,7 @@ def test_two_processes_follow_one(tiny_llama: Path, commonsense_folder: Path, tm
     means = [sum(pair) / 2 for pair in zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)]
     assert means == pytest.approx(expected["losses"], abs=1e-5)
     # of the first step of each epoch, the mean of its two terms
-    assert sum(expected["losses"][5:7]) < sum(expected["losses"][:2]) - 1
+    assert sum(expected["losses"][5:7]) < sum(expected["losses"][:2]) - 0.5
     final = [torch.load(folder / "final.ckpt", weights_only=True)["state_dict"] for folder in (one, two)]
     for name, value in final[0].items():
         torch.testing.assert_close(final[1][name], value, rtol=1e-4, atol=1e-5)
