@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from datamodules.steps import Counted
 from dora_lightning.data import IGNORE, Sample
 from dora_lightning.pretrained import brings_special_tokens
 
@@ -30,9 +31,14 @@ class EncodedSample(NamedTuple):
     """``[tokens]``, of several samples that share an image; see :mod:`datamodules.sharing`."""
 
     @property
+    def supervised(self) -> int:
+        """How many tokens count towards the loss; the first does not, since nothing comes before it."""
+        return int((self.labels[1:] != IGNORE).sum())
+
+    @property
     def trains(self) -> bool:
         """Whether any token counts towards the loss."""
-        return bool((self.labels != IGNORE).any())
+        return self.supervised > 0
 
     @property
     def length(self) -> int:
@@ -173,6 +179,10 @@ class Collator:
     def __init__(self, pad_token_id: int, cutoff_len: int) -> None:
         self.pad_token_id = pad_token_id
         self.cutoff_len = cutoff_len
+
+    def supervised(self, encoded: Sequence[Any]) -> Counted:
+        """What the loss of samples is the mean over, before they are made a batch: their supervised tokens."""
+        return "tokens", sum(item.supervised for item in encoded)
 
     def __call__(self, encoded: list[EncodedSample]) -> dict[str, Any]:
         """Make the batch."""

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.resuming import ResumableDataLoader, resume_sampler
 from datamodules.sampling import LengthGroupedSampler
+from datamodules.steps import StepCollator, StepDataset, plan_steps
 
 Stage: TypeAlias = Literal["train", "validate", "test"]
 
@@ -63,7 +64,12 @@ class SampledDataModule(LightningDataModule):
         """
 
     def train_collator(self) -> Callable[[list[Any]], dict[str, Any]]:
-        """What makes a training batch: here, as any other."""
+        """What makes a training batch: here, as any other.
+
+        Where it has a method ``supervised``, which takes the same samples and says what their loss is a mean over
+        (``tokens``, ``pairs``, ``rows``) and how many there are, batches know their optimizer step
+        (:class:`~dora_lightning.data.OptimizerStep`), and the loss of a step is one mean.
+        """
         return self.collator()
 
     def setup(self, stage: str) -> None:
@@ -83,9 +89,12 @@ class SampledDataModule(LightningDataModule):
         """Shuffled batches of like length; goes on where a checkpoint stopped, to the batch."""
         dataset = self._datasets["train"]
         sampler = self.train_sampler(dataset, **self._replicas())
+        collator = self.train_collator()
+        if (supervised := getattr(collator, "supervised", None)) is not None:
+            sampler.plan = plan_steps(self.trainer, lambda indices: supervised(dataset[indices]), len(sampler))
         if self.trainer is not None:
             resume_sampler(self.trainer, sampler)
-        return self._loader(dataset, sampler, self.train_collator(), ResumableDataLoader)
+        return self._loader(StepDataset(dataset), sampler, StepCollator(collator), ResumableDataLoader)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Every validation sample once, longest first; no loader if there are none."""

@@ -9,6 +9,7 @@ import torch
 
 from datamodules.encoding import Collator, EncodedSample
 from datamodules.sampling import LengthGroupedSampler
+from datamodules.steps import Counted
 from dora_lightning.data import IGNORE
 
 
@@ -126,7 +127,7 @@ class PackingSampler(LengthGroupedSampler):
             group_by_length=group_by_length,
         )
 
-    def _training_batches(self) -> list[Any]:
+    def _training_batches(self) -> list[list[Any]]:
         stands_for = self._exchanged()
         rows = [[stands_for[index] for index in row] for row in self.rows]
         return [[rows[number] for number in batch] for batch in super()._training_batches()]
@@ -161,6 +162,10 @@ class PackingCollator(Collator):
     def __init__(self, pad_token_id: int, cutoff_len: int, share_rows: bool = False) -> None:
         super().__init__(pad_token_id, cutoff_len)
         self.share_rows = share_rows
+
+    def supervised(self, encoded: Sequence[list[EncodedSample] | EncodedSample]) -> Counted:
+        """The supervised tokens of rows, or of single samples."""
+        return super().supervised([item for row in encoded for item in (row if isinstance(row, list) else [row])])
 
     def __call__(self, encoded: Sequence[list[EncodedSample] | EncodedSample]) -> dict[str, Any]:
         """Make the batch of rows, or of single samples."""

@@ -10,6 +10,7 @@ from datamodules.instructions import check_files, check_sources, check_template
 from datamodules.loading import Stage
 from datamodules.messages import Dialogue, read_messages
 from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, require_field
+from datamodules.steps import Counted
 from datamodules.subsets import split_off
 from datamodules.templates import TEMPLATES
 from datamodules.text import TextDataModule
@@ -42,6 +43,10 @@ class PairCollator(Collator):
 
     ``input_ids``, ``attention_mask`` and ``labels`` are ``[2 * pairs, tokens]``; ``samples`` lists the pairs' samples.
     """
+
+    def supervised(self, encoded: Sequence[Any]) -> Counted:
+        """How many pairs there are: the loss is the mean over pairs."""
+        return "pairs", len(encoded)
 
     def __call__(self, encoded: Sequence[Any]) -> dict[str, Any]:
         """Make the batch."""

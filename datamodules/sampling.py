@@ -1,9 +1,12 @@
 """Batches of samples of like length and of one kind, so that little of a batch is padding."""
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import DistributedSampler
+
+from datamodules.steps import StepPlan
 
 MEGA_BATCH = 50
 """Global batches that are sorted by length together, as in Hugging Face's group-by-length sampler."""
@@ -90,6 +93,8 @@ class LengthGroupedSampler(DistributedSampler):
         """Batches of this epoch that were seen before a restart; iteration leaves them out until the epoch changes."""
         self.epoch_offset = 0
         """Added to the epochs that the trainer names, where a restart made it count one twice."""
+        self.plan: StepPlan | None = None
+        """How training batches come together to optimizer steps; with it each batch knows its step."""
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch's order; a new epoch begins at its first batch."""
@@ -98,14 +103,19 @@ class LengthGroupedSampler(DistributedSampler):
             self.skip_batches = 0
         super().set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        """The batches of this rank.
+    def __iter__(self) -> Iterator[list[Any]]:
+        """The batches of this rank; with a :attr:`plan`, those of training as ``StepIndices``.
 
         They are made here and not at the first ``next``, so the epoch is that of this moment whether or not the loader
         prefetches. Nothing changes: a loader with workers calls this twice for one pass.
         """
-        batches = self._training_batches() if self.shuffle else self._evaluation_batches()
-        return iter(batches[self.skip_batches :])
+        if not self.shuffle:
+            return iter(self._evaluation_batches()[self.skip_batches :])
+        batches = self._training_batches()
+        if self.plan is None:
+            return iter([batch[self.rank :: self.num_replicas] for batch in batches[self.skip_batches :]])
+        epoch = self.epoch - self.epoch_offset  # as the trainer counts
+        return self.plan.batches(batches, self.skip_batches, epoch, self.rank, self.num_replicas)
 
     def __len__(self) -> int:
         """Batches of this rank in a whole epoch, whatever is skipped."""
@@ -113,13 +123,14 @@ class LengthGroupedSampler(DistributedSampler):
             return sum(map(self._global_batches, self._groups))
         return len(self._evaluation_batches())
 
-    def _training_batches(self) -> list[list[int]]:
+    def _training_batches(self) -> list[list[Any]]:
+        """Global batches, of all ranks; each rank takes every ``num_replicas``-th sample of each."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         global_batches = [batch for name in self._groups for batch in self._shuffled(name, generator)]
         offset = self.epoch * len(self.lengths) if self.count_epochs else 0
         # dealt out in turn, so that each rank gets as many long ones as the others
         return [
-            (global_batches[place][self.rank :: self.num_replicas] + offset).tolist()
+            (global_batches[place] + offset).tolist()
             for place in torch.randperm(len(global_batches), generator=generator).tolist()
         ]
 

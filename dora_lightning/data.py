@@ -1,8 +1,8 @@
-"""The record that every data set is turned into, and that every task judges."""
+"""What recipes and backbones agree on: the record of a sample, and what a training batch knows of its step."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 IGNORE = -100
 """Label of a position that is not supervised, as everywhere in torch and transformers."""
@@ -77,3 +77,36 @@ class Sample:
     def __repr__(self) -> str:
         """The fields by name."""
         return f"Sample({', '.join(f'{name}={value!r}' for name, value in self._fields().items())})"
+
+
+class OptimizerStep(NamedTuple):
+    """What a training batch knows of the optimizer step that it is a part of; it stands in the batch as ``step``.
+
+    With it the loss of the step is one mean over all that is supervised in it, on any number of micro-batches and
+    processes, whose gradients are averaged as they are.
+    """
+
+    supervised: float
+    """What the step's loss is the mean over: supervised tokens (pairs, rows) of all processes and micro-batches."""
+
+    own: int
+    """How many of them this batch has."""
+
+    batches: int
+    """Micro-batches that the trainer divides the loss by, ``accumulate_grad_batches``; an epoch's last step may have
+    fewer."""
+
+    replicas: int
+    """Processes with batches of their own, over which gradients are averaged."""
+
+    ends: bool
+    """Whether the step is made with this batch."""
+
+    @property
+    def share(self) -> float:
+        """What the mean loss of this batch is multiplied by: 1 where it has as much of the step as any other batch.
+
+        >>> OptimizerStep(supervised=40, own=30, batches=2, replicas=1, ends=True).share
+        1.5
+        """
+        return self.own * self.batches * self.replicas / max(1, self.supervised)

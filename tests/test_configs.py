@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tiny import boolq_row, write_rows
 
 from dora_lightning.callbacks import GroupLearningRates
@@ -87,6 +88,14 @@ def test_commonsense(read_config: ReadConfig, path: Path) -> None:
         assert cli.datamodule.train_on_inputs
         assert cli.model.task.generation == {"num_beams": 4, "max_new_tokens": 32, "do_sample": False}
         assert (cli.trainer.max_epochs, cli.trainer.val_check_interval) == (3, 80)
+
+
+def test_published_runs_take_the_mean_of_means() -> None:
+    protocols = [ROOT / name / "protocol.yaml" for name in ("commonsense", "instruction_tuning", "math", "llava")]
+    vl_bart = [path for part in ("image", "video") for path in (ROOT / "vlbart").glob(f"{part}-*.yaml")]
+    assert len(vl_bart) == 6
+    for path in [*protocols, *vl_bart]:
+        assert yaml.safe_load(path.read_text())["model"]["init_args"]["loss_mean"] == "batches", path
 
 
 def test_all_published_runs_are_there() -> None:

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.image_checks import sample_name
+from datamodules.steps import Counted
 from datamodules.vl_bart.records import Asked
 from datamodules.vl_bart.truncation import Truncation, fit_text
 from datamodules.vl_bart.visuals import Visuals
@@ -111,18 +112,25 @@ class AskedCollator:
         self.draw = draw
         self.seed = seed
 
+    def supervised(self, groups: list[AskedGroup]) -> Counted:
+        """What the loss of rows is the mean over: their targets' tokens, or the rows with a target themselves."""
+        rows, answers = self._answered(groups)
+        drawn = [(text, row.asked.max_target_tokens) for (text, _), row in zip(answers, rows, strict=True) if text]
+        if rows[0].asked.mean_by_sample:
+            return "rows", len(drawn)
+        if not drawn:
+            return "tokens", 0
+        # all at once, which is several times faster, and cut as they are when they come into the batch
+        lengths = map(len, self.tokenizer([text for text, _ in drawn], verbose=False)["input_ids"])
+        return "tokens", sum(min(length, most) for length, (_, most) in zip(lengths, drawn, strict=True))
+
     def __call__(self, groups: list[AskedGroup]) -> dict[str, Any]:
         """Make the batch.
 
         Raises:
             ValueError: Something to look at cannot be opened; the message names the row.
         """
-        rows = [row for group in groups for row in group.rows]
-        answers = [
-            self._answer(row.asked, f"{self.seed}/{group.visit}/{place}")
-            for group in groups
-            for place, row in enumerate(group.rows)
-        ]
+        rows, answers = self._answered(groups)
         targets = [self._target(text, row.asked) for (text, _), row in zip(answers, rows, strict=True)]
         pad = int(self.tokenizer.pad_token_id)
         lengths = torch.tensor([len(row.input_ids) for row in rows])
@@ -138,6 +146,12 @@ class AskedCollator:
             weights = [score if row.asked.weighted else 1.0 for (_, score), row in zip(answers, rows, strict=True)]
             batch["row_weights"] = torch.tensor(weights)
         return batch
+
+    def _answered(self, groups: list[AskedGroup]) -> tuple[list[EncodedAsked], list[tuple[str, float]]]:
+        """The rows of a batch, and the answer that each is trained on with its score."""
+        rows = [row for group in groups for row in group.rows]
+        visits = [f"{self.seed}/{group.visit}/{place}" for group in groups for place in range(len(group.rows))]
+        return rows, [self._answer(row.asked, visit) for row, visit in zip(rows, visits, strict=True)]
 
     def _answer(self, asked: Asked, visit: str) -> tuple[str, float]:
         if not asked.answers:

@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_lightning.adapters import AdapterConfig, inject_adapters
+from dora_lightning.backbones.step_loss import LossMean, StepLoss
 from dora_lightning.data import Sample
 from dora_lightning.files import json_lines, write_bytes_atomically
 from dora_lightning.gathering import gather
@@ -38,6 +39,10 @@ class Backbone(LightningModule):
             validation if it is ``ReduceLROnPlateau``).
         task: how answers are obtained and judged; training needs none.
         judge_in_validation: judge the task in validation too, beside the loss.
+        loss_mean: what the loss of an optimizer step is the mean over: all supervised ``tokens`` of the step (pairs, or
+            rows, where the loss is a mean over these), on any number of micro-batches and processes, if the training
+            batches know their step, as those of our data modules do; or ``batches``, the mean of the means of its
+            batches, as in most published runs.
     """
 
     model: PreTrainedModel | None
@@ -51,6 +56,7 @@ class Backbone(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         task: Task | None = None,
         judge_in_validation: bool = False,
+        loss_mean: LossMean = "tokens",
     ) -> None:
         super().__init__()
         if judge_in_validation and task is None:
@@ -64,6 +70,10 @@ class Backbone(LightningModule):
         self.judge_in_validation = judge_in_validation
         self.model = None
         self.validation_loss = MeanMetric()
+        self.reported_loss: Tensor | None = None
+        """What is logged as ``train/loss`` of the last batch, on this process: the loss of the step that it ended; None
+        within a step."""
+        self._step_loss = StepLoss(loss_mean)
         # the base is not in the checkpoint; check_adapter_entry does what strict loading would
         self.strict_loading = False
         self._run = AdapterRun()
@@ -78,7 +88,7 @@ class Backbone(LightningModule):
 
     @abstractmethod
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
-        """Mean loss over supervised tokens of a batch, and how many they are."""
+        """Mean loss over supervised tokens of a batch (or over pairs, or rows), and how many they are."""
 
     @abstractmethod
     def generate(self, prompts: Sequence[str], vision: Mapping[str, Tensor] | None = None, **options: Any) -> list[str]:
@@ -151,6 +161,7 @@ class Backbone(LightningModule):
     def on_train_start(self) -> None:
         """Let optimiser settings that changed since the checkpoint win, and tell the schedule the length of the run."""
         self._run.on_train_start(self.trainer)
+        self._step_loss.start(self.trainer)
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, WarmupDecay):
                 # not in configure_optimizers: counting the batches there makes the training loader before the position
@@ -171,9 +182,12 @@ class Backbone(LightningModule):
     # Loops -------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Loss of a batch."""
-        loss, _ = self.loss(batch)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]))
+        """Loss of a batch as a term of its step's; ``train/loss`` is the loss of the whole step, of all processes."""
+        mean, count = self.loss(batch)
+        loss, self.reported_loss = self._step_loss.term(mean, count, batch.get("step"), self.trainer)
+        if self.reported_loss is not None:
+            size = len(batch["input_ids"])
+            self.log("train/loss", self.reported_loss, prog_bar=True, sync_dist=True, batch_size=size)
         return loss
 
     def on_validation_epoch_start(self) -> None:

@@ -20,6 +20,7 @@ from dora_lightning.backbones.causal_lm import (
     supervised_loss,
 )
 from dora_lightning.backbones.kept_outputs import reuse_outputs
+from dora_lightning.backbones.step_loss import LossMean
 from dora_lightning.pretrained import load_causal_lm, load_tokenizer
 from dora_lightning.task import Task
 
@@ -45,6 +46,7 @@ class DoRALlama(Backbone):
             folder's safetensors straight into each process's shards, so that no process ever holds the whole base.
         quantization: quantise the linear layers of the base while it is loaded (QDoRA): ``nf4``, ``nf4-dq`` (the scales
             too, as QLoRA does), ``fp4``, ``fp4-dq``, ``int8``, ``torchao-int8`` or ``torchao-int4``; null for not.
+        loss_mean: what the loss of an optimizer step is the mean over, see :class:`~dora_lightning.backbones.Backbone`.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ class DoRALlama(Backbone):
         gradient_checkpointing: bool = False,
         meta_device: bool = False,
         quantization: str | None = None,
+        loss_mean: LossMean = "tokens",
     ) -> None:
-        super().__init__(model_name_or_path, adapter, optimizer, lr_scheduler, task, judge_in_validation)
+        super().__init__(model_name_or_path, adapter, optimizer, lr_scheduler, task, judge_in_validation, loss_mean)
         self.base_dtype = dtype
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing

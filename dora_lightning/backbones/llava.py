@@ -24,6 +24,7 @@ from dora_lightning.backbones.causal_lm import (
 )
 from dora_lightning.backbones.feature_cache import FeatureCache
 from dora_lightning.backbones.kept_outputs import reuse_outputs
+from dora_lightning.backbones.step_loss import LossMean
 from dora_lightning.backbones.vision_alignment import QuestionedImages, VisionAlignment, align_vision
 from dora_lightning.images import IMAGE
 from dora_lightning.llava_parts import LlavaParts, resolve_llava
@@ -68,6 +69,7 @@ class DoRALlava(Backbone):
         attn_implementation: attention (``sdpa``, ``flash_attention_2``, ``eager``); null for the default.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         quantization: quantise the language model, as in :class:`~dora_lightning.backbones.DoRALlama`.
+        loss_mean: what the loss of an optimizer step is the mean over, see :class:`~dora_lightning.backbones.Backbone`.
     """
 
     def __init__(
@@ -86,11 +88,12 @@ class DoRALlava(Backbone):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         quantization: str | None = None,
+        loss_mean: LossMean = "tokens",
     ) -> None:
         # a checkpoint holds parts as a plain dict, which load_from_checkpoint hands back
         self.parts = LlavaParts(**model_name_or_path) if isinstance(model_name_or_path, dict) else model_name_or_path
         name, plain = (self.parts,) * 2 if isinstance(self.parts, str) else (self.parts.language, self.parts.to_dict())
-        super().__init__(name, adapter, optimizer, lr_scheduler, task, judge_in_validation)
+        super().__init__(name, adapter, optimizer, lr_scheduler, task, judge_in_validation, loss_mean)
         for part, training in (("vision_tower", vision_tower), ("projector", projector)):
             if training not in get_args(Training):
                 raise ValueError(f"{part} must be one of {', '.join(get_args(Training))}, got {training!r}")

@@ -39,6 +39,7 @@ from dora_lightning.backbones.peft_methods import (
     peft_library,
     texts_with_virtual_tokens,
 )
+from dora_lightning.backbones.step_loss import LossMean
 from dora_lightning.files import write_folder
 from dora_lightning.pretrained import load_causal_lm, load_tokenizer
 from dora_lightning.task import Task
@@ -76,6 +77,7 @@ class PeftLlama(Backbone):
         attn_implementation: attention (``sdpa``, ``flash_attention_2``, ``eager``); null for the default.
         gradient_checkpointing: recompute each block in the backward pass; prefix tuning, which trains a key-value
             cache, refuses it.
+        loss_mean: what the loss of an optimizer step is the mean over, see :class:`~dora_lightning.backbones.Backbone`.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -93,9 +95,12 @@ class PeftLlama(Backbone):
         dtype: str = "auto",
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
+        loss_mean: LossMean = "tokens",
     ) -> None:
         # no adapter of ours: what the base class notes of one is taken away again
-        super().__init__(model_name_or_path, AdapterConfig(), optimizer, lr_scheduler, task, judge_in_validation)
+        super().__init__(
+            model_name_or_path, AdapterConfig(), optimizer, lr_scheduler, task, judge_in_validation, loss_mean
+        )
         del self.adapter
         self.hparams.pop("adapter")
         self.peft = dict(peft)

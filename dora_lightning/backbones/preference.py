@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 from dora_lightning.adapters import AdapterConfig, adapters_disabled
 from dora_lightning.backbones.causal_lm import sequence_log_likelihoods
 from dora_lightning.backbones.llama import DoRALlama
+from dora_lightning.backbones.step_loss import LossMean
 from dora_lightning.task import Task
 
 PAIR_MEASURES = ("margin", "accuracy", "reward_chosen", "reward_rejected")
@@ -65,6 +66,7 @@ class DoRALlamaDPO(DoRALlama):
         meta_device: likewise.
         quantization: likewise.
         beta: how dear it is to part from the reference; 0.1 is usual.
+        loss_mean: as in :class:`~dora_lightning.backbones.DoRALlama`; here the mean is over pairs.
 
     Raises:
         ValueError: beta is not positive, or the adapter leaves no reference.
@@ -84,6 +86,7 @@ class DoRALlamaDPO(DoRALlama):
         meta_device: bool = False,
         quantization: str | None = None,
         beta: float = 0.1,
+        loss_mean: LossMean = "tokens",
     ) -> None:
         super().__init__(
             model_name_or_path,
@@ -97,6 +100,7 @@ class DoRALlamaDPO(DoRALlama):
             gradient_checkpointing,
             meta_device,
             quantization,
+            loss_mean,
         )
         if not beta > 0:
             raise ValueError(f"beta must be greater than 0, got {beta}")

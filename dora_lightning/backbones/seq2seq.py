@@ -26,15 +26,15 @@ from dora_lightning.vl_bart.model import VLBart
 def target_loss(
     model: VLBart, hidden: Tensor, mask: Tensor, labels: Tensor, row_weights: Tensor | None = None
 ) -> tuple[Tensor, int]:
-    """Cross-entropy of the targets, and how many tokens they have.
+    """Cross-entropy of the targets, and how many tokens, or rows with a target, it is the mean over.
 
     Args:
         model: the model.
         hidden: the encoder's output ``[B, S, D]``.
         mask: ``[B, S]``, 0 on padding.
         labels: ``[B, L]``, begun and ended by the tokenizer's own tokens, ``IGNORE`` on padding.
-        row_weights: ``[B]``; the loss is then the mean over samples of weight times the mean over a sample's tokens, as
-            in VL-T5's VQA. None for the mean over all tokens.
+        row_weights: ``[B]``; the loss is then the mean over rows that have a target of weight times the mean over a
+            row's tokens, as in VL-T5's VQA. None for the mean over all tokens.
     """
     supervised = labels != IGNORE
     tokens = int(supervised.sum())
@@ -46,7 +46,9 @@ def target_loss(
     losses = F.cross_entropy(logits.float(), labels[supervised], reduction="none")
     rows = supervised.nonzero()[:, 0]
     sums = losses.new_zeros(len(labels)).index_add(0, rows, losses)
-    return (row_weights * sums / supervised.sum(dim=1).clamp(min=1)).mean(), tokens
+    lengths = supervised.sum(dim=1)
+    weighted = (row_weights * sums / lengths.clamp(min=1))[lengths > 0]
+    return weighted.mean(), len(weighted)
 
 
 @torch.no_grad()

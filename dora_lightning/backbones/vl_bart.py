@@ -15,6 +15,7 @@ from dora_lightning.adapters.inject import within
 from dora_lightning.backbones.backbone import Backbone
 from dora_lightning.backbones.causal_lm import enable_recomputation
 from dora_lightning.backbones.seq2seq import encode_prompts, generate_targets, target_log_likelihoods, target_loss
+from dora_lightning.backbones.step_loss import LossMean
 from dora_lightning.task import Task
 from dora_lightning.training.adapter_checkpoint import KEY
 from dora_lightning.vl_bart import VLBart, VLBartParts, load_vl_bart, load_vl_bart_tokenizer, resolve_vl_bart
@@ -28,7 +29,7 @@ class DoRAVLBart(Backbone):
 
     Batches are dicts of ``input_ids``, ``attention_mask`` ``[batch, tokens]``, ``labels`` ``[batch, target tokens]``,
     ``samples``, ``vision`` (see :meth:`dora_lightning.vl_bart.VLBart.encode`) where there is something to look at, and
-    ``row_weights`` ``[batch]`` where the loss is a mean over samples.
+    ``row_weights`` ``[batch]`` where the loss is a mean over rows.
 
     Args:
         model_name_or_path: folder or hub id of a VL-BART or of a BART (``facebook/bart-base``), or the parts to put one
@@ -44,6 +45,7 @@ class DoRAVLBart(Backbone):
         dtype: dtype of the frozen base: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: attention (``sdpa``, ``flash_attention_2``, ``eager``); null for the default.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        loss_mean: what the loss of an optimizer step is the mean over, see :class:`~dora_lightning.backbones.Backbone`.
 
     Raises:
         ValueError: an unknown part in ``also_trained``, or a tower that is to train and is not there.
@@ -61,6 +63,7 @@ class DoRAVLBart(Backbone):
         dtype: str = "auto",
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
+        loss_mean: LossMean = "tokens",
     ) -> None:
         # a checkpoint holds parts as a plain dict, which load_from_checkpoint hands back
         self.parts = VLBartParts(**model_name_or_path) if isinstance(model_name_or_path, dict) else model_name_or_path
@@ -70,7 +73,7 @@ class DoRAVLBart(Backbone):
         adapter = (
             AdapterConfig(rank=128, alpha=128.0, target_modules=["q_proj", "v_proj"]) if adapter is None else adapter
         )
-        super().__init__(str(self.parts), adapter, optimizer, lr_scheduler, task, judge_in_validation)
+        super().__init__(str(self.parts), adapter, optimizer, lr_scheduler, task, judge_in_validation, loss_mean)
         self.also_trained = tuple(also_trained)
         self.base_dtype = dtype
         self.attn_implementation = attn_implementation
@@ -134,7 +137,7 @@ class DoRAVLBart(Backbone):
         super().on_load_checkpoint(checkpoint)
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
-        """Cross-entropy of the targets, and how many tokens they have; see :func:`~..seq2seq.target_loss`."""
+        """Cross-entropy of the targets, and what it is the mean over; see :func:`~..seq2seq.target_loss`."""
         hidden, mask = self._encoded(batch)
         return target_loss(self._vl_bart, hidden, mask, batch["labels"], batch.get("row_weights"))
 

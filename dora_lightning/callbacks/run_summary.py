@@ -118,6 +118,12 @@ class RunSummary(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the loss."""
+        if hasattr(pl_module, "reported_loss"):  # as our backbones do: one for each optimizer step
+            if pl_module.reported_loss is None:
+                self._progress.losses.unit = "steps"
+            else:
+                self._progress.losses.add(pl_module.reported_loss)  # type: ignore[arg-type]
+            return
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1:
             # Lightning has divided it

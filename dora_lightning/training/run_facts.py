@@ -18,7 +18,7 @@ _KEPT = 10
 
 @dataclass
 class Losses:
-    """The first and the last training losses of a run, one per batch.
+    """The first and the last training losses of a run, one per batch, or per optimizer step where a module says it.
 
     They stay where they are until they are asked for: reading a number of a GPU waits for all that it has to do.
     """
@@ -26,23 +26,24 @@ class Losses:
     first: list[Any] = field(default_factory=list)
     last: list[Any] = field(default_factory=list)
     count: int = 0
+    unit: str = "batches"
 
     def add(self, loss: Tensor | float) -> None:
-        """Note a batch's loss."""
+        """Note a batch's or step's loss."""
         self.count += 1
         if len(self.first) < _KEPT:
             self.first.append(loss)
         self.last = [*self.last[1 - _KEPT :], loss]
 
     def ends(self) -> tuple[float, float] | None:
-        """Means over the first and the last :attr:`window` batches; ``None`` if none was noted."""
+        """Means over the first and the last :attr:`window` losses; ``None`` if none was noted."""
         if not self.count:
             return None
         return _mean(self.first[: self.window]), _mean(self.last[-self.window :])
 
     @property
     def window(self) -> int:
-        """Batches that are averaged at each end: up to 10, at most a quarter of all."""
+        """Losses that are averaged at each end: up to 10, at most a quarter of all."""
         return max(1, min(_KEPT, self.count // 4))
 
 

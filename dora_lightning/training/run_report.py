@@ -79,8 +79,11 @@ def run_rows(facts: RunFacts, ending: Ending) -> dict[str, str]:
         "memory": _memory(facts),
     }
     if facts.losses:
-        several = f" (means of the first and last {progress.losses.window} batches)"
-        means = several if progress.losses.window > 1 else " (first and last batch)"
+        unit = progress.losses.unit
+        several = f" (means of the first and last {progress.losses.window} {unit})"
+        means = (
+            several if progress.losses.window > 1 else f" (first and last {'batch' if unit == 'batches' else 'step'})"
+        )
         rows["training loss"] = f"{facts.losses[0]:.4g} -> {facts.losses[1]:.4g}{means}"
     for name, (value, step) in progress.best.items():
         end = ending.after.get(name)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -13,6 +14,10 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch.optim import AdamW
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny import arc_row, write_rows
 
 
 class Losses(Callback):
@@ -26,7 +31,7 @@ class Losses(Callback):
 
 
 def fit_and_test(llama: str, data: str, folder: str, devices: int) -> None:
-    """Train for ten steps on global batches of four and test; writes losses, metrics and predictions to ``folder``."""
+    """Train on ten global batches of four, two to a step, and test; writes losses, metrics and predictions."""
     from datamodules import CommonsenseDataModule
     from dora_lightning import AdapterConfig
     from dora_lightning.backbones import DoRALlama
@@ -40,7 +45,6 @@ def fit_and_test(llama: str, data: str, folder: str, devices: int) -> None:
         partial(AdamW, lr=0.01),
         task=CommonsenseQA("both", num_beams=1, max_new_tokens=4),
     )
-    # targets of one length, so that the mean over processes is the mean over tokens
     samples = CommonsenseDataModule(
         llama,
         data,
@@ -56,6 +60,7 @@ def fit_and_test(llama: str, data: str, folder: str, devices: int) -> None:
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
         max_epochs=2,
+        accumulate_grad_batches=2,
         logger=CSVLogger(folder, "", ""),
         log_every_n_steps=1,
         callbacks=[losses],
@@ -72,6 +77,16 @@ def fit_and_test(llama: str, data: str, folder: str, devices: int) -> None:
     Path(folder, f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
 
 
+def long_row(number: int) -> dict[str, str]:
+    """A question whose right answer is one word or up to 45."""
+    row = arc_row(number)
+    answer = int(row["answer"][-1]) - 1
+    options = ["cold", "hot", "it is"]
+    options[answer] += " hot" * (number * number % 23 * 2)
+    text = " ".join(f"Answer{place}: {option}" for place, option in enumerate(options, start=1))
+    return row | {"instruction": row["instruction"].replace("Answer1: cold Answer2: hot Answer3: it is", text)}
+
+
 def read(folder: Path, rank: int) -> dict[str, Any]:
     return json.loads((folder / f"rank{rank}.json").read_text())
 
@@ -82,13 +97,17 @@ def records(folder: Path) -> list[Any]:
 
 
 def test_two_processes_follow_one(tiny_llama: Path, commonsense_folder: Path, tmp_path: Path) -> None:
+    # targets of 2 to about 50 tokens to train on, in a folder of their own beside the test questions
+    data = tmp_path / "data"
+    shutil.copytree(commonsense_folder, data)
+    write_rows(data / "ARC-Easy" / "train.json", [long_row(number) for number in range(24)])
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         folder.mkdir()
-    fit_and_test(str(tiny_llama), str(commonsense_folder), str(one), devices=1)
+    fit_and_test(str(tiny_llama), str(data), str(one), devices=1)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*launch, __file__, str(tiny_llama), str(commonsense_folder), str(two)],
+        [*launch, __file__, str(tiny_llama), str(data), str(two)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
@@ -102,7 +121,8 @@ def test_two_processes_follow_one(tiny_llama: Path, commonsense_folder: Path, tm
     assert ranks[0]["losses"] != ranks[1]["losses"]  # each sees its own samples
     means = [sum(pair) / 2 for pair in zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)]
     assert means == pytest.approx(expected["losses"], abs=1e-5)
-    assert expected["losses"][-1] < expected["losses"][0] - 1
+    # of the first step of each epoch, the mean of its two terms
+    assert sum(expected["losses"][5:7]) < sum(expected["losses"][:2]) - 0.5
     final = [torch.load(folder / "final.ckpt", weights_only=True)["state_dict"] for folder in (one, two)]
     for name, value in final[0].items():
         torch.testing.assert_close(final[1][name], value, rtol=1e-4, atol=1e-5)

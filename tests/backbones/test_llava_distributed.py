@@ -1,4 +1,5 @@
-"""Two processes with gloo follow one on batches with images and without: DDP, and FSDP2 with a tower that trains."""
+"""Two processes with gloo follow one on batches with images and without, whose answers differ in length, accumulating
+gradients: DDP, and FSDP2 with a tower that trains."""
 
 import json
 import sys
@@ -33,11 +34,10 @@ class Steps(Callback):
 
 
 def save_conversations(folder: Path) -> None:
-    """Conversations about an image and about none, with answers of one length."""
+    """Conversations about an image and about none, with answers of 2 to 40 tokens."""
     rows: list[dict[str, Any]] = []
     for number in range(28):
-        # one token each in the tiny tokenizer
-        answer = ("hot", "true")[number % 5 % 2]
+        answer = "hot " * (number * number % 23 * 2 % 39) + ("hot", "true")[number % 5 % 2]
         question = f"is {number % 7} {'cold' * (number % 3)}?"
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         row: dict[str, Any] = {"id": str(number), "conversations": turns}
@@ -49,7 +49,7 @@ def save_conversations(folder: Path) -> None:
 
 
 def fit(kind: str, llava: str, folder: Path, devices: int) -> None:
-    """Train for two epochs on global batches of four; writes losses and what trained."""
+    """Train for two epochs on global batches of four, two to a step; writes losses and what trained."""
     from datamodules import LlavaInstructions
     from dora_lightning import AdapterConfig
     from dora_lightning.backbones import DoRALlava
@@ -65,7 +65,7 @@ def fit(kind: str, llava: str, folder: Path, devices: int) -> None:
     data = LlavaInstructions(
         llava, str(folder.parent / "train.json"), template="vicuna_v1", batch_size=4 // devices, num_workers=0
     )
-    fit_and_save(kind, module, data, Steps(), folder, devices, epochs=2)
+    fit_and_save(kind, module, data, Steps(), folder, devices, epochs=2, accumulated=2)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])

@@ -37,7 +37,7 @@ class Steps(Callback):
 
 
 def fit(kind: str, bart: str, folder: Path, devices: int) -> None:
-    """Train for three epochs on global batches of two and four rows; writes what each step was."""
+    """Train for three epochs on global batches of two and four rows, two to a step; writes what each batch was."""
     from datamodules import VLBartDataModule
     from dora_lightning import AdapterConfig
     from dora_lightning.backbones import DoRAVLBart
@@ -48,10 +48,11 @@ def fit(kind: str, bart: str, folder: Path, devices: int) -> None:
     parts = VLBartParts(bart, feature_dim=C)
     module = DoRAVLBart(parts, AdapterConfig(rank=4, target_modules=["q_proj", "v_proj"]), partial(AdamW, lr=0.003))
     tasks = json.loads((folder.parent / "tasks.json").read_text())
-    # of these the loss is a mean over samples, which is the mean of two processes' means
-    tasks = {name: tasks[name] | {"batch_size": size // devices} for name, size in (("vqav2", 2), ("gqa", 4))}
+    # of questions the loss is a mean over rows, of captions over tokens, and some steps have both
+    sizes = {"vqav2": 2, "gqa": 4, "coco_captions": 2}
+    tasks = {name: tasks[name] | {"batch_size": size // devices} for name, size in sizes.items()}
     data = VLBartDataModule(parts, tasks)
-    fit_and_save(kind, module, data, Steps(), folder, devices, epochs=3)
+    fit_and_save(kind, module, data, Steps(), folder, devices, epochs=3, accumulated=2)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
@@ -60,7 +61,7 @@ def test_two_processes_follow_one(kind: str, tmp_path: Path) -> None:
     (tmp_path / "tasks.json").write_text(json.dumps(write_tasks(tmp_path / "data")))
     cache = str(tmp_path / "cache")
     expected, ranks = run_on_one_and_two(__file__, kind, bart, tmp_path, DORA_LIGHTNING_CACHE=cache)
-    assert set(expected["sources"]) == {"vqav2", "gqa"}
+    assert set(expected["sources"]) == {"vqav2", "gqa", "coco_captions"}
     for rank in ranks:
         assert rank["sources"] == expected["sources"]
     # every row of a global batch is on one of the two, with the target that it has on one

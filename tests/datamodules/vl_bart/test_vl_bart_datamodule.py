@@ -15,9 +15,10 @@ from PIL import Image
 from tiny_vl_bart import TOWER, save_bart
 from vl_bart_example import C, write_tasks
 
-from datamodules import VLBartDataModule
+from datamodules import IGNORE, VLBartDataModule
 from dora_lightning import AdapterConfig
 from dora_lightning.backbones import DoRAVLBart
+from dora_lightning.data import OptimizerStep
 from dora_lightning.open_clip_tower import OpenClipVision
 from dora_lightning.videos import write_video
 from dora_lightning.vl_bart import VLBartParts
@@ -164,6 +165,24 @@ def test_targets_are_drawn_by_their_scores(bart: Path, tasks: dict[str, dict[str
         if sample.row["question_id"] % 2
     ]
     assert again == first[3]
+
+
+@pytest.mark.parametrize("share_visuals", [False, True])
+def test_what_is_trained_on_is_counted_before_it_is_drawn(
+    bart: Path, tasks: dict[str, dict[str, Any]], share_visuals: bool
+) -> None:
+    data = ready(bart, tasks, batch_size=2, share_visuals=share_visuals)
+    loader: Any = data.train_dataloader()
+    counts = set()
+    for epoch in range(4):
+        loader.sampler.set_epoch(epoch)
+        for batch in loader:
+            supervised = batch["labels"] != IGNORE
+            rows = "row_weights" in batch
+            count = int(supervised.any(dim=1).sum() if rows else supervised.sum())
+            assert batch["step"] == OptimizerStep(count, count, batches=1, replicas=1, ends=True)
+            counts.add((rows, count))
+    assert len(counts) > 6
 
 
 def test_evaluation_takes_the_best_target(bart: Path, tasks: dict[str, dict[str, Any]]) -> None:
