@@ -491,3 +491,97 @@ def test_an_error_names_its_process(run_cli: RunCLI, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit, match="dora-lightning: error in process 1: no checkpoint file"):
         run_cli("merge", "none.ckpt", "merged")
+
+
+# Going on ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_without_its_last_checkpoint(
+    run_cli: RunCLI, config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(config.read_text().replace("save_top_k: 0", "save_top_k: -1"))
+    run_cli("fit", "--config", config)
+    run = tmp_path / "runs/version_0"
+    (run / "result.json").unlink()
+    checkpoint_of(run).unlink()
+    for late in ("epoch=0-step=8.ckpt", "epoch=0-step=10.ckpt"):
+        (run / "checkpoints" / late).unlink()
+    first = (run / "config.yaml").read_text()
+    # steps that were there before are not at the end of another number of steps
+    message = fails(run_cli, capsys, "fit", "--config", config, "--trainer.max_steps", "5")
+    assert "epoch=0-step=6.ckpt is at step 6, with 0 epochs done, and max_steps is 5: there is nothing left" in message
+    adam = "--model.init_args.optimizer.class_path", "torch.optim.SGD"
+    message = fails(run_cli, capsys, "fit", "--config", config, *adam)
+    assert "epoch=0-step=6.ckpt holds the state of the optimizer AdamW, and the config asks for SGD" in message
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        run_cli("fit", "--config", config, "--data.init_args.cutoff_len", "250")
+    assert f"Resuming the interrupted run {run.relative_to(tmp_path)} from epoch=0-step=6.ckpt" in caplog.text
+    assert "The config overrides the checkpoint: data.init_args.cutoff_len: 250 (checkpoint: 256)" in caplog.text
+    assert json.loads((run / "result.json").read_text())["steps"] == 10
+    # the config of each part is kept, the newest under the name that is used
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["init_args"]["cutoff_len"] == 250
+    assert (run / "config_0.yaml").read_text() == first
+    assert [path.name for path in run.parent.iterdir()] == ["version_0"]
+
+
+def test_a_checkpoint_of_weights_alone_is_not_gone_on_from(
+    run_cli: RunCLI, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(config.read_text().replace("save_top_k: 0", "save_weights_only: true\n        save_top_k: 0"))
+    options = ("--trainer.max_steps", "2", "--trainer.limit_val_batches", "0")
+    run_cli("fit", "--config", config, *options)
+    run = tmp_path / "runs/version_0"
+    (run / "result.json").unlink()
+    for given in ((), ("--ckpt_path", checkpoint_of(run))):
+        message = fails(run_cli, capsys, "fit", "--config", config, *options, *given)
+        assert "last.ckpt holds weights alone" in message
+        assert "save_weights_only" in message
+    # it is good for all else
+    run_cli("test", "--config", run / "config.yaml", "--ckpt_path", checkpoint_of(run))
+
+
+def test_a_flipped_byte_of_a_checkpoint_is_found_by_every_verb(
+    fitted: Path, run_cli: RunCLI, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint_of(fitted)
+    state = torch.load(path, weights_only=True)["state_dict"]
+    weight = next(value for name, value in state.items() if name.endswith("lora_B"))
+    content = bytearray(path.read_bytes())
+    content[content.index(weight.numpy().tobytes()) + 1] ^= 16
+    path.write_bytes(content)
+    (fitted / "result.json").unlink()
+    for args in (
+        ("fit", "--config", config),
+        ("fit", "--config", config, "--ckpt_path", path),
+        ("test", "--config", fitted / "config.yaml", "--ckpt_path", path),
+        ("validate", "--config", fitted / "config.yaml", "--ckpt_path", path),
+        ("merge", path, "merged"),
+        ("generate", path, "--prompt", "hi"),
+        ("analyze", path),
+    ):
+        assert "last.ckpt could not be read as a checkpoint: it is corrupt: the checksum" in fails(
+            run_cli, capsys, *args
+        )
+
+
+def test_a_run_holds_its_folder_while_it_lives(
+    run_cli: RunCLI, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dora_lightning.backbones import DoRALlama
+
+    step, messages = DoRALlama.training_step, []
+
+    def started_again(self: Any, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 4:  # another command, while this one trains
+            monkeypatch.setattr(DoRALlama, "training_step", step)
+            messages.append(fails(run_cli, capsys, "fit", "--config", config))
+            run_cli("fit", "--config", config, "--resume", "false")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(DoRALlama, "training_step", started_again)
+    run_cli("fit", "--config", config)
+    assert f"runs/version_0 belongs to a run that is alive: process {os.getpid()} on " in messages[0]
+    runs = [tmp_path / "runs" / f"version_{number}" for number in (0, 1)]
+    assert read_losses(runs[0]) == read_losses(runs[1])
+    assert outcome_of(runs[0]) == outcome_of(runs[1])
