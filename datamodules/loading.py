@@ -15,10 +15,10 @@ from datamodules.resuming import ResumableDataLoader, resume_sampler
 from datamodules.sampling import LengthGroupedSampler
 
 _CHANGED = {
-    "samples": "training goes on with other samples than the checkpoint's run had, or with the same in another order or "
-    "template: in this epoch some may be seen twice and others not at all",
-    "tokens": "the training samples are those of the checkpoint's run, but not their tokens or labels, as after a change "
-    "of the tokenizer, cutoff_len or train_on_inputs",
+    "samples": "training goes on with other samples than the checkpoint's run had, or with the same in another order "
+    "or template: in this epoch some may be seen twice and others not at all",
+    "tokens": "the training samples are those of the checkpoint's run, but not their tokens or labels, as after a "
+    "change of the tokenizer, cutoff_len or train_on_inputs",
     "tokenizer": "the tokenizer is not the one of the checkpoint's run: its vocabulary, special tokens or rules differ",
 }
 

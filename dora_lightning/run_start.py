@@ -148,7 +148,7 @@ def _held(start: RunStart, verb: str) -> RunStart:
 def _is_first_process() -> bool:
     """By what the launcher says; a process that starts the others itself is told nothing."""
     node = os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or "0"
-    return rank_zero_only.rank in (None, 0) and node == "0"
+    return getattr(rank_zero_only, "rank", 0) == 0 and node == "0"
 
 
 def _checkpoints_elsewhere(run: Path, folders: Sequence[Path]) -> list[Path]:

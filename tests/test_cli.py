@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -585,3 +586,61 @@ def test_a_run_holds_its_folder_while_it_lives(
     runs = [tmp_path / "runs" / f"version_{number}" for number in (0, 1)]
     assert read_losses(runs[0]) == read_losses(runs[1])
     assert outcome_of(runs[0]) == outcome_of(runs[1])
+
+
+@pytest.mark.parametrize(
+    ("hook", "verb"),
+    [
+        ("training_step", "fit"),
+        ("validation_step", "fit"),
+        ("test_step", "test"),
+        ("test_step", "fit"),
+        ("setup", "fit"),
+    ],
+)
+def test_sigterm_ends_with_an_exit_code_and_says_how_to_go_on(
+    run_cli: RunCLI,
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+    hook: str,
+) -> None:
+    from dora_lightning.backbones import DoRALlama
+
+    last = {"test_step": 2, "setup": 1}.get(hook, 5)
+    real, calls, handler = getattr(DoRALlama, hook), [], signal.getsignal(signal.SIGTERM)
+
+    def stopped(self: Any, *args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args)
+
+    options = ["--config", config, "--trainer.val_check_interval", "2", "--data.init_args.eval_batch_size", "2"]
+    options += ["--test_after", str(hook == "test_step" and verb == "fit").lower(), "--resume", "false"]
+    with monkeypatch.context() as patch:
+        patch.setattr(DoRALlama, hook, stopped)
+        with pytest.raises(SystemExit) as caught:
+            run_cli(verb, *options)
+    assert caught.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is handler
+    # it ended there: the step of the signal was the last
+    assert len(calls) == last
+    assert not (tmp_path / "runs/version_0/result.json").exists()
+    line = next(line for line in capsys.readouterr().err.splitlines() if "stopped by SIGTERM" in line)
+    _, _, command = line.partition(" by: dora-lightning ")
+    assert "dora-lightning: stopped by SIGTERM. " in line
+    if (verb, hook) == ("test", "test_step"):
+        assert command.startswith("test --config")
+        return
+    assert command.startswith("fit --config")
+    if hook == "setup":
+        assert "No checkpoint was saved yet; start again by: " in line
+        return
+    assert "Go on from the last checkpoint of runs/version_0 by: " in line
+    # and it does
+    run_cli(*shlex.split(command))
+    assert json.loads((tmp_path / "runs/version_0/result.json").read_text())["steps"] == 10
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["version_0"]
