@@ -43,16 +43,23 @@ def _plain(value: Any, tensors: list[torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         tensors.append(value)
         return None
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        fields = zip(value._fields, value, strict=True)
-        return tuple(
-            tuple(map(_image, part)) if name == "images" else _plain(part, tensors)
-            for name, part in fields
-            if name != "row"
-        )
-    if isinstance(value, (list, tuple)):
-        return tuple(_plain(part, tensors) for part in value)
-    return value if value is None or isinstance(value, (str, int, float)) else type(value).__name__
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, dict):
+        return tuple((str(name), _plain(part, tensors)) for name, part in value.items())
+    names = (
+        getattr(value, "_fields", None)
+        or getattr(type(value), "__slots__", None)
+        or sorted(getattr(value, "__dict__", ()))
+    )
+    if not names:
+        parts = value if isinstance(value, (list, tuple)) else ()
+        return (type(value).__name__, *(_plain(part, tensors) for part in parts))
+    return tuple(
+        tuple(map(_image, getattr(value, name))) if name == "images" else _plain(getattr(value, name), tensors)
+        for name in names
+        if name != "row"
+    )
 
 
 def _image(image: Any) -> str:

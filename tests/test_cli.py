@@ -529,7 +529,9 @@ def test_a_run_goes_on_without_its_last_checkpoint(
 def test_a_checkpoint_of_weights_alone_is_not_gone_on_from(
     run_cli: RunCLI, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config.write_text(config.read_text().replace("save_top_k: 0", "save_weights_only: true\n        save_top_k: 0"))
+    content = yaml.safe_load(config.read_text())
+    content["trainer"]["callbacks"][0]["init_args"]["save_weights_only"] = True
+    config.write_text(yaml.safe_dump(content))
     options = ("--trainer.max_steps", "2", "--trainer.limit_val_batches", "0")
     run_cli("fit", "--config", config, *options)
     run = tmp_path / "runs/version_0"
@@ -612,11 +614,11 @@ def test_sigterm_ends_with_an_exit_code_and_says_how_to_go_on(
     last = {"test_step": 2, "setup": 1}.get(hook, 5)
     real, calls, handler = getattr(DoRALlama, hook), [], signal.getsignal(signal.SIGTERM)
 
-    def stopped(self: Any, *args: Any) -> Any:
+    def stopped(self: Any, *args: Any, **named: Any) -> Any:
         calls.append(args)
         if len(calls) == last:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, *args)
+        return real(self, *args, **named)
 
     options = ["--config", config, "--trainer.val_check_interval", "2", "--data.init_args.eval_batch_size", "2"]
     options += ["--test_after", str(hook == "test_step" and verb == "fit").lower(), "--resume", "false"]

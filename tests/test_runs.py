@@ -116,8 +116,6 @@ def test_a_dead_run_keeps_nothing(tmp_path: Path) -> None:
         time.sleep(60)
         os._exit(lock is None)
     os.read(reader, 1)
-    os.close(reader)
-    os.close(writer)
     with pytest.raises(ValueError, match=f"process {child} "):
         hold(tmp_path, "fit")
     os.kill(child, signal.SIGKILL)
@@ -127,8 +125,12 @@ def test_a_dead_run_keeps_nothing(tmp_path: Path) -> None:
     # nor does what a run has forked, such as a worker that outlives it
     child = os.fork()
     if child == 0:
+        os.write(writer, b"x")
         time.sleep(60)
         os._exit(0)
+    os.read(reader, 1)
+    os.close(reader)
+    os.close(writer)
     lock.release()
     try:
         again = hold(tmp_path, "fit")

@@ -54,7 +54,7 @@ def check_checksums(path: str | Path) -> None:
     known = (str(path.absolute()), found.st_size, found.st_mtime_ns)
     if known in _CHECKED:
         return
-    if not zipfile.is_zipfile(path):
+    if not _is_archive(path):
         with path.open("rb") as file:
             head = file.read(1)
         if not head:
@@ -138,7 +138,7 @@ def _load(path: Path, map_location: Any, weights_only: bool, mmap: bool) -> dict
         content = torch.load(path, map_location=map_location, weights_only=weights_only, mmap=mmap)
     except Exception as error:
         # torch.load raises anything from KeyError to UnpicklingError for a file it cannot read
-        if not zipfile.is_zipfile(path):
+        if not _is_archive(path):
             check_checksums(path)  # says what it is instead
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found:
@@ -149,6 +149,13 @@ def _load(path: Path, map_location: Any, weights_only: bool, mmap: bool) -> dict
     if not isinstance(content, dict):
         raise _unreadable(path, f"it holds a {type(content).__name__}, and no dict as Lightning writes it")
     return content
+
+
+def _is_archive(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
 
 
 def _damaged_record(archive: zipfile.ZipFile) -> str | None:
