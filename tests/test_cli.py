@@ -1,5 +1,6 @@
 """The dora-lightning command: run folders, resuming, overrides, help, and one clear error for bad input."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -255,6 +256,38 @@ def test_two_processes(config: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["the first", "all"])
+def test_sigterm_ends_two_processes(config: Path, tmp_path: Path, whom: str) -> None:
+    command = [sys.executable, "-m", "dora_lightning", "fit", "--config", str(config)]
+    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "1000"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    last, deadline = tmp_path / "runs/version_0/checkpoints/last.ckpt", time.monotonic() + 200
+    while not last.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM) if whom == "all" else process.terminate()
+    try:
+        assert process.wait(60) == 143, (tmp_path / "log").read_text()
+        # nobody of its group is left
+        deadline = time.monotonic() + 30
+        with pytest.raises(ProcessLookupError):
+            while time.monotonic() < deadline:
+                os.killpg(process.pid, 0)
+                time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "Go on from the last checkpoint of runs/version_0 by: dora-lightning fit" in (tmp_path / "log").read_text()
+
+
 # Checkpoints ---------------------------------------------------------------------------------------------------------
 
 
@@ -498,7 +531,12 @@ def test_an_error_names_its_process(run_cli: RunCLI, monkeypatch: pytest.MonkeyP
 
 
 def test_a_run_goes_on_without_its_last_checkpoint(
-    run_cli: RunCLI, config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    run_cli: RunCLI,
+    config: Path,
+    commonsense_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config.write_text(config.read_text().replace("save_top_k: 0", "save_top_k: -1"))
     run_cli("fit", "--config", config)
@@ -514,9 +552,15 @@ def test_a_run_goes_on_without_its_last_checkpoint(
     adam = "--model.init_args.optimizer.class_path", "torch.optim.SGD"
     message = fails(run_cli, capsys, "fit", "--config", config, *adam)
     assert "epoch=0-step=6.ckpt holds the state of the optimizer AdamW, and the config asks for SGD" in message
+    # the same rows in the same place, with other labels
+    for file in commonsense_folder.glob("*/train.json"):
+        (tmp_path / "flipped" / file.parent.name).mkdir(parents=True)
+        text = file.read_text().replace("answer is true", "answer is TRUE")
+        (tmp_path / "flipped" / file.parent.name / "train.json").write_text(text)
     caplog.clear()
-    with caplog.at_level("INFO"):
-        run_cli("fit", "--config", config, "--data.init_args.cutoff_len", "250")
+    options = ("--data.init_args.cutoff_len", "250", "--data.init_args.data_dir", "flipped")
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="training goes on with other samples"):
+        run_cli("fit", "--config", config, *options)
     assert f"Resuming the interrupted run {run.relative_to(tmp_path)} from epoch=0-step=6.ckpt" in caplog.text
     assert "The config overrides the checkpoint: data.init_args.cutoff_len: 250 (checkpoint: 256)" in caplog.text
     assert json.loads((run / "result.json").read_text())["steps"] == 10
