@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dora_lightning.data import Sample
+
 
 def fingerprint(items: Iterable[Any]) -> dict[str, str]:
     """Digests of encoded samples in their order: of all that is text, and of their tokens and labels.
@@ -21,8 +23,9 @@ def fingerprint(items: Iterable[Any]) -> dict[str, str]:
         found: list[torch.Tensor] = []
         texts.update(repr(_plain(item, found)).encode("utf-8", "surrogatepass"))
         for tensor in found:
-            tokens.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            tokens.update(tensor.contiguous().numpy())
+            array = tensor.contiguous().numpy()
+            tokens.update(f"{array.dtype.str}{array.shape}".encode())
+            tokens.update(array)
     return {"samples": texts.hexdigest(), "tokens": tokens.hexdigest()}
 
 
@@ -43,15 +46,17 @@ def _plain(value: Any, tensors: list[torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         tensors.append(value)
         return None
+    if isinstance(value, Sample):
+        texts = (value.prompt, value.target, value.options, value.references, value.answered, value.source)
+        return (*texts, *map(_image, value.images))
     if value is None or isinstance(value, (str, int, float)):
         return value
     if isinstance(value, dict):
         return tuple((str(name), _plain(part, tensors)) for name, part in value.items())
-    names = (
-        getattr(value, "_fields", None)
-        or getattr(type(value), "__slots__", None)
-        or sorted(getattr(value, "__dict__", ()))
-    )
+    if isinstance(value, tuple):
+        names = getattr(value, "_fields", ())
+    else:
+        names = getattr(type(value), "__slots__", None) or [*getattr(value, "__dict__", ())]
     if not names:
         parts = value if isinstance(value, (list, tuple)) else ()
         return (type(value).__name__, *(_plain(part, tensors) for part in parts))
