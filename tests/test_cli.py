@@ -560,10 +560,10 @@ def test_a_run_goes_on_without_its_last_checkpoint(
     adam = "--model.init_args.optimizer.class_path", "torch.optim.SGD"
     message = fails(run_cli, capsys, "fit", "--config", config, *adam)
     assert "epoch=0-step=6.ckpt holds the state of the optimizer AdamW, and the config asks for SGD" in message
-    # the same rows in the same place, with other labels
+    # as many rows in files of the same names, with other texts
     for file in commonsense_folder.glob("*/train.json"):
         (tmp_path / "flipped" / file.parent.name).mkdir(parents=True)
-        text = file.read_text().replace("answer is true", "answer is TRUE")
+        text = file.read_text().replace("cold", "warm")
         (tmp_path / "flipped" / file.parent.name / "train.json").write_text(text)
     caplog.clear()
     options = ("--data.init_args.cutoff_len", "250", "--data.init_args.data_dir", "flipped")
@@ -579,21 +579,19 @@ def test_a_run_goes_on_without_its_last_checkpoint(
 
 
 def test_a_checkpoint_of_weights_alone_is_not_gone_on_from(
-    run_cli: RunCLI, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fitted: Path, run_cli: RunCLI, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content = yaml.safe_load(config.read_text())
-    content["trainer"]["callbacks"][0]["init_args"]["save_weights_only"] = True
-    config.write_text(yaml.safe_dump(content))
-    options = ("--trainer.max_steps", "2", "--trainer.limit_val_batches", "0")
-    run_cli("fit", "--config", config, *options)
-    run = tmp_path / "runs/version_0"
-    (run / "result.json").unlink()
-    for given in ((), ("--ckpt_path", checkpoint_of(run))):
-        message = fails(run_cli, capsys, "fit", "--config", config, *options, *given)
+    path = checkpoint_of(fitted)
+    content = torch.load(path, weights_only=True)
+    # what ModelCheckpoint leaves out with save_weights_only
+    torch.save({k: v for k, v in content.items() if k not in ("optimizer_states", "lr_schedulers", "loops")}, path)
+    (fitted / "result.json").unlink()
+    for given in ((), ("--ckpt_path", path)):
+        message = fails(run_cli, capsys, "fit", "--config", config, *given)
         assert "last.ckpt holds weights alone" in message
         assert "save_weights_only" in message
     # it is good for all else
-    run_cli("test", "--config", run / "config.yaml", "--ckpt_path", checkpoint_of(run))
+    run_cli("validate", "--config", fitted / "config.yaml", "--ckpt_path", path)
 
 
 def test_a_flipped_byte_of_a_checkpoint_is_found_by_every_verb(
