@@ -6,11 +6,22 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
+from datamodules.fingerprint import fingerprint, tokenizer_fingerprint
 from datamodules.resuming import ResumableDataLoader, resume_sampler
 from datamodules.sampling import LengthGroupedSampler
 from datamodules.steps import StepCollator, StepDataset, plan_steps
+
+_CHANGED = {
+    "samples": "training goes on with other samples than the checkpoint's run had, or with the same in another order "
+    "or template: in this epoch some may be seen twice and others not at all",
+    "tokens": "the training samples are those of the checkpoint's run, but not their tokens or labels, as after a "
+    "change of the tokenizer, cutoff_len or train_on_inputs",
+    "tokenizer": "the tokenizer is not the one of the checkpoint's run: its vocabulary, special tokens or rules differ",
+}
 
 Stage: TypeAlias = Literal["train", "validate", "test"]
 
@@ -45,6 +56,7 @@ class SampledDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._datasets: dict[Stage, Any] = {}
+        self._fingerprint: dict[str, str] | None = None
 
     @abstractmethod
     def encoded(self, stage: Stage) -> SampledDataset:
@@ -84,6 +96,27 @@ class SampledDataModule(LightningDataModule):
         for name in wanted[stage]:
             if name not in self._datasets:
                 self._datasets[name] = self.encoded(name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Fingerprints of what is trained on, for a checkpoint."""
+        if "train" not in self._datasets:
+            return {}
+        if self._fingerprint is None:
+            dataset = self._datasets["train"]
+            self._fingerprint = fingerprint(dataset[[index]] for index in range(len(dataset)))
+            if (tokenizer := getattr(self, "tokenizer", None)) is not None:
+                self._fingerprint["tokenizer"] = tokenizer_fingerprint(tokenizer)
+        return dict(self._fingerprint)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Say what is not as it was when the checkpoint was saved, where training goes on from it."""
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        for name, now in self.state_dict().items():
+            before = state_dict.get(name, now)
+            # other texts have other tokens
+            if before != now and not (name == "tokens" and state_dict["samples"] != self.state_dict()["samples"]):
+                rank_zero_warn(f"{_CHANGED[name]} (fingerprint {now[:12]}, checkpoint {before[:12]})")
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of like length; goes on where a checkpoint stopped, to the batch."""

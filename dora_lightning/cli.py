@@ -5,21 +5,18 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import shlex
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import auto_cli
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 
 import dora_lightning
@@ -34,9 +31,13 @@ from dora_lightning.extract_features import extract_features
 from dora_lightning.mt_bench.commands import mt_bench, mt_bench_judge, mt_bench_scores
 from dora_lightning.offline import generate, merge
 from dora_lightning.planning import plan
-from dora_lightning.runs import BEFORE_FILE, RESULT_FILE, next_version, read_result, unfinished_run, write_result
+from dora_lightning.run_start import AgreedFolder, RunStart, start_run
+from dora_lightning.runs import BEFORE_FILE, RESULT_FILE, read_result, unfinished_runs, write_result
 from dora_lightning.terminal import printable, say
+from dora_lightning.training.checkpoint_files import check_training_state, load_checkpoint_file
+from dora_lightning.training.run_record import RunRecord
 from dora_lightning.training.run_report import held_out_table
+from dora_lightning.training.stopping import StopOnSignal
 
 TRACEBACK_VARIABLE = "DORA_LIGHTNING_TRACEBACK"
 # what bad input raises; anything else is a bug, and its traceback is shown
@@ -79,6 +80,17 @@ class DoRACLI(LightningCLI):
     """
 
     def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
+        self._start: RunStart | None = None
+        self._given = sys.argv[1:] if args is None else args
+        self._stop = StopOnSignal(self._how_to_go_on)
+        try:
+            with self._stop:
+                self._parse_and_run(args, run)
+        finally:
+            if self._start is not None:
+                self._start.release()
+
+    def _parse_and_run(self, args: list[str] | None, run: bool) -> None:
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -86,7 +98,7 @@ class DoRACLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=RunRecord,
             trainer_defaults={"callbacks": FinalCheckpoint()},
             parser_kwargs={
                 "prog": "dora-lightning",
@@ -142,9 +154,13 @@ class DoRACLI(LightningCLI):
         if self.subcommand is None:
             return
         config = self.config[self.subcommand]
-        _check_checkpoint_file(config.ckpt_path)
         if config.weights_only is None:
             config.weights_only = True  # nothing is unpickled, unless asked for
+        if config.ckpt_path is not None and Path(config.ckpt_path).is_file():
+            # Lightning itself refuses one that is missing
+            checkpoint = load_checkpoint_file(config.ckpt_path, weights_only=config.weights_only, mmap=True)
+            if self.subcommand == "fit":
+                check_training_state(checkpoint, config.ckpt_path)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Choose the run's folder, for a new run or the one to go on with.
@@ -155,12 +171,6 @@ class DoRACLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         config = self.config_init[self.subcommand]
         root = Path(config.trainer.default_root_dir or "runs")
-        version = next_version(root)
-        resume = self.subcommand == "fit" and config.resume and config.ckpt_path is None
-        if resume and (unfinished := unfinished_run(root)):
-            version, checkpoint = unfinished
-            config.ckpt_path = str(checkpoint)
-            rank_zero_info(f"Resuming the interrupted run {checkpoint.parent.parent}; --resume false starts a new one")
         callbacks = config.trainer.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if config.dora is not None:
@@ -169,10 +179,34 @@ class DoRACLI(LightningCLI):
             self._summary = next((c for c in callbacks if isinstance(c, RunSummary)), None) or RunSummary()
             self._summary.waits = True  # for after_fit, which may test
             callbacks = [*(c for c in callbacks if c is not self._summary), self._summary]
-        kwargs["callbacks"] = callbacks
-        if config.trainer.logger in (None, True):
-            kwargs |= {"logger": _loggers(root, version), "default_root_dir": str(root)}
-        return super().instantiate_trainer(**kwargs)
+        own_folder = config.trainer.logger in (None, True) and not config.trainer.fast_dev_run
+        fits = self.subcommand == "fit" and config.ckpt_path is None
+        if own_folder or fits:
+            saved_to = [Path(path) for c in callbacks if (path := getattr(c, "dirpath", None))]
+            self._start = start = start_run(root, self.subcommand, fits and config.resume, saved_to, own_folder)
+            if start.checkpoint is not None:
+                config.ckpt_path = str(start.checkpoint)
+            callbacks = [AgreedFolder(start, own_folder), *callbacks]
+            if own_folder:
+                # not the root: what Lightning saves when SLURM stops a job is of this run
+                kwargs |= {"logger": start.loggers(), "default_root_dir": str(start.folder)}
+        kwargs["callbacks"] = [self._stop, *callbacks]
+        trainer = super().instantiate_trainer(**kwargs)
+        self._stop.launcher = trainer.strategy.launcher
+        return trainer
+
+    def _how_to_go_on(self) -> str:
+        """The command that goes on after this one was stopped."""
+        command = shlex.join(["dora-lightning", *self._given])
+        if self._start is None or self.subcommand != "fit":
+            return f"Start it again by: {command}"
+        run = next((run for run in unfinished_runs(self._start.root) if run.folder == self._start.folder), None)
+        saved = run is not None and (run.checkpoints or any(map(_has_saved, self.trainer.checkpoint_callbacks)))
+        if not saved:
+            return f"No checkpoint was saved yet; start again by: {command}"
+        given = self.config.fit
+        options = ("" if given.resume else " --resume true") + ("" if given.ckpt_path is None else " --ckpt_path null")
+        return f"Go on from the last checkpoint of {self._start.folder} by: {command}{options}"
 
     def before_fit(self) -> None:
         """Evaluate the model as it is, unless the run that goes on has done so."""
@@ -225,25 +259,12 @@ class DoRACLI(LightningCLI):
         return Path(log_dir) if log_dir else None
 
 
+def _has_saved(callback: Any) -> bool:
+    return bool(getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", ""))
+
+
 def _saved_before(folder: Path | None) -> dict[str, float] | None:
     return read_result(folder, BEFORE_FILE) if folder else None
-
-
-def _check_checkpoint_file(path: str | None) -> None:
-    """Refuse a file that was cut short before a model is loaded for it; Lightning itself refuses one that is missing.
-
-    Raises:
-        ValueError: it is not a checkpoint.
-    """
-    if path is not None and Path(path).is_file() and not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} could not be read as a checkpoint: it is corrupt or was cut short")
-
-
-def _loggers(root: Path, version: int) -> list[Logger]:
-    """TensorBoard and CSV logs. A run that goes on gets another CSV file, since Lightning would empty the first."""
-    folder = root / f"version_{version}"
-    table = next(name for number in count() if not (folder / (name := f"metrics_{number}")).exists())
-    return [TensorBoardLogger(str(root), name="", version=version), CSVLogger(str(root), folder.name, table)]
 
 
 def main(args: list[str] | None = None) -> None:

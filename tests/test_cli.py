@@ -1,7 +1,9 @@
 """The dora-lightning command: run folders, resuming, overrides, help, and one clear error for bad input."""
 
+import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -254,6 +256,46 @@ def test_two_processes(config: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def alive(group: int) -> bool:
+    """Whether a process of a group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["the first", "all"])
+def test_sigterm_ends_two_processes(config: Path, tmp_path: Path, whom: str) -> None:
+    command = [sys.executable, "-m", "dora_lightning", "fit", "--config", str(config)]
+    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "1000"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    last, deadline = tmp_path / "runs/version_0/checkpoints/last.ckpt", time.monotonic() + 200
+    while not last.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM) if whom == "all" else process.terminate()
+    try:
+        assert process.wait(60) == 143, (tmp_path / "log").read_text()
+        # nobody of its group is left
+        deadline = time.monotonic() + 30
+        while alive(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not alive(process.pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "Go on from the last checkpoint of runs/version_0 by: dora-lightning fit" in (tmp_path / "log").read_text()
+
+
 # Checkpoints ---------------------------------------------------------------------------------------------------------
 
 
@@ -491,3 +533,166 @@ def test_an_error_names_its_process(run_cli: RunCLI, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit, match="dora-lightning: error in process 1: no checkpoint file"):
         run_cli("merge", "none.ckpt", "merged")
+
+
+# Going on ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_without_its_last_checkpoint(
+    run_cli: RunCLI,
+    config: Path,
+    commonsense_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config.write_text(config.read_text().replace("save_top_k: 0", "save_top_k: -1"))
+    run_cli("fit", "--config", config)
+    run = tmp_path / "runs/version_0"
+    (run / "result.json").unlink()
+    checkpoint_of(run).unlink()
+    for late in ("epoch=0-step=8.ckpt", "epoch=0-step=10.ckpt"):
+        (run / "checkpoints" / late).unlink()
+    first = (run / "config.yaml").read_text()
+    # steps that were there before are not at the end of another number of steps
+    message = fails(run_cli, capsys, "fit", "--config", config, "--trainer.max_steps", "5")
+    assert "epoch=0-step=6.ckpt is at step 6, with 0 epochs done, and max_steps is 5: there is nothing left" in message
+    adam = "--model.init_args.optimizer.class_path", "torch.optim.SGD"
+    message = fails(run_cli, capsys, "fit", "--config", config, *adam)
+    assert "epoch=0-step=6.ckpt holds the state of the optimizer AdamW, and the config asks for SGD" in message
+    # as many rows in files of the same names, with other texts
+    for file in commonsense_folder.glob("*/train.json"):
+        (tmp_path / "flipped" / file.parent.name).mkdir(parents=True)
+        text = file.read_text().replace("cold", "warm")
+        (tmp_path / "flipped" / file.parent.name / "train.json").write_text(text)
+    caplog.clear()
+    options = ("--data.init_args.cutoff_len", "250", "--data.init_args.data_dir", "flipped")
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="training goes on with other samples"):
+        run_cli("fit", "--config", config, *options)
+    assert f"Resuming the interrupted run {run.relative_to(tmp_path)} from epoch=0-step=6.ckpt" in caplog.text
+    assert "The config overrides the checkpoint: data.init_args.cutoff_len: 250 (checkpoint: 256)" in caplog.text
+    assert json.loads((run / "result.json").read_text())["steps"] == 10
+    # the config of each part is kept, the newest under the name that is used
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["init_args"]["cutoff_len"] == 250
+    assert (run / "config_0.yaml").read_text() == first
+    assert [path.name for path in run.parent.iterdir()] == ["version_0"]
+
+
+def test_a_checkpoint_of_weights_alone_is_not_gone_on_from(
+    fitted: Path, run_cli: RunCLI, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint_of(fitted)
+    content = torch.load(path, weights_only=True)
+    # what ModelCheckpoint leaves out with save_weights_only
+    torch.save({k: v for k, v in content.items() if k not in ("optimizer_states", "lr_schedulers", "loops")}, path)
+    (fitted / "result.json").unlink()
+    for given in ((), ("--ckpt_path", path)):
+        message = fails(run_cli, capsys, "fit", "--config", config, *given)
+        assert "last.ckpt holds weights alone" in message
+        assert "save_weights_only" in message
+    # it is good for all else
+    run_cli("validate", "--config", fitted / "config.yaml", "--ckpt_path", path)
+
+
+def test_a_flipped_byte_of_a_checkpoint_is_found_by_every_verb(
+    fitted: Path, run_cli: RunCLI, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint_of(fitted)
+    state = torch.load(path, weights_only=True)["state_dict"]
+    weight = next(value for name, value in state.items() if name.endswith("lora_B"))
+    content = bytearray(path.read_bytes())
+    content[content.index(weight.numpy().tobytes()) + 1] ^= 16
+    path.write_bytes(content)
+    (fitted / "result.json").unlink()
+    for args in (
+        ("fit", "--config", config),
+        ("fit", "--config", config, "--ckpt_path", path),
+        ("test", "--config", fitted / "config.yaml", "--ckpt_path", path),
+        ("validate", "--config", fitted / "config.yaml", "--ckpt_path", path),
+        ("merge", path, "merged"),
+        ("generate", path, "--prompt", "hi"),
+        ("analyze", path),
+    ):
+        assert "last.ckpt could not be read as a checkpoint: it is corrupt: the checksum" in fails(
+            run_cli, capsys, *args
+        )
+
+
+def test_a_run_holds_its_folder_while_it_lives(
+    run_cli: RunCLI, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dora_lightning.backbones import DoRALlama
+
+    step, messages = DoRALlama.training_step, []
+
+    def started_again(self: Any, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 4:  # another command, while this one trains
+            monkeypatch.setattr(DoRALlama, "training_step", step)
+            messages.append(fails(run_cli, capsys, "fit", "--config", config))
+            run_cli("fit", "--config", config, "--resume", "false")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(DoRALlama, "training_step", started_again)
+    run_cli("fit", "--config", config)
+    assert f"runs/version_0 belongs to a run that is alive: process {os.getpid()} on " in messages[0]
+    runs = [tmp_path / "runs" / f"version_{number}" for number in (0, 1)]
+    assert read_losses(runs[0]) == read_losses(runs[1])
+    assert outcome_of(runs[0]) == outcome_of(runs[1])
+
+
+@pytest.mark.parametrize(
+    ("hook", "verb"),
+    [
+        ("training_step", "fit"),
+        ("validation_step", "fit"),
+        ("test_step", "test"),
+        ("test_step", "fit"),
+        ("setup", "fit"),
+    ],
+)
+def test_sigterm_ends_with_an_exit_code_and_says_how_to_go_on(
+    run_cli: RunCLI,
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+    hook: str,
+) -> None:
+    from dora_lightning.backbones import DoRALlama
+
+    last = {"test_step": 2, "setup": 1}.get(hook, 5)
+    real, calls, handler = getattr(DoRALlama, hook), [], signal.getsignal(signal.SIGTERM)
+
+    def stopped(self: Any, *args: Any, **named: Any) -> Any:
+        calls.append(args)
+        if len(calls) == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args, **named)
+
+    options = ["--config", config, "--trainer.val_check_interval", "2", "--data.init_args.eval_batch_size", "2"]
+    options += ["--test_after", str(hook == "test_step" and verb == "fit").lower(), "--resume", "false"]
+    with monkeypatch.context() as patch:
+        patch.setattr(DoRALlama, hook, stopped)
+        with pytest.raises(SystemExit) as caught:
+            run_cli(verb, *options)
+    assert caught.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is handler
+    # it ended there: the step of the signal was the last
+    assert len(calls) == last
+    assert not (tmp_path / "runs/version_0/result.json").exists()
+    line = next(line for line in capsys.readouterr().err.splitlines() if "stopped by SIGTERM" in line)
+    _, _, command = line.partition(" by: dora-lightning ")
+    assert "dora-lightning: stopped by SIGTERM. " in line
+    if (verb, hook) == ("test", "test_step"):
+        assert command.startswith("test --config")
+        return
+    assert command.startswith("fit --config")
+    if hook == "setup":
+        assert "No checkpoint was saved yet; start again by: " in line
+        return
+    assert "Go on from the last checkpoint of runs/version_0 by: " in line
+    # and it does
+    run_cli(*shlex.split(command))
+    assert json.loads((tmp_path / "runs/version_0/result.json").read_text())["steps"] == 10
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["version_0"]

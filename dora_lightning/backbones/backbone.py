@@ -24,6 +24,7 @@ from dora_lightning.gathering import gather
 from dora_lightning.task import Task
 from dora_lightning.training.adapter_checkpoint import frozen_names
 from dora_lightning.training.adapter_run import AdapterRun, check_precision
+from dora_lightning.training.atomic_checkpoint import write_checkpoints_atomically
 from dora_lightning.training.parameter_groups import parameter_groups
 from dora_lightning.training.schedules import WarmupDecay
 
@@ -119,6 +120,10 @@ class Backbone(LightningModule):
         inject_adapters(model, self.adapter)
 
     # Model and optimiser -----------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Have checkpoints written whole, and read with their checksums compared."""
+        write_checkpoints_atomically(self.trainer.strategy)
 
     def configure_model(self) -> None:
         """Load the pretrained model and inject the adapters; does nothing the second time."""

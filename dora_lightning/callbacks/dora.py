@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from dora_lightning.adapters import AdapterConfig, inject_adapters, load_peft_adapter
 from dora_lightning.training.adapter_run import AdapterRun, check_precision
+from dora_lightning.training.atomic_checkpoint import write_checkpoints_atomically
 from dora_lightning.training.build_steps import BuildStep, after_model_is_built
 from dora_lightning.training.method_hooks import after_method
 from dora_lightning.training.stored_names import base_name_or_path
@@ -96,6 +97,7 @@ class DoRA(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have adapters injected as soon as the model is built, at every stage, once."""
         check_precision(trainer)
+        write_checkpoints_atomically(trainer.strategy)
         after_model_is_built(self, trainer, pl_module, BuildStep.INJECT, self._inject)
         self._run = run = pl_module.__dict__.get(_RUN) or AdapterRun()
         object.__setattr__(pl_module, _RUN, run)

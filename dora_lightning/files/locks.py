@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import IO
+from weakref import WeakSet
 
 try:
     import fcntl
@@ -17,8 +18,14 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
+class NoLocksError(OSError):
+    """The file system has no locks."""
+
+
 class FolderLock:
     """A lock file that one process holds, and the processes it hands the file to.
+
+    A process that is forked, as a loader's worker is, does not hold it.
 
     The operating system holds the lock for as long as the file is open in any of them, so that a process that was
     killed leaves none behind, while a run that outlives the process that started it keeps its own. The file says who
@@ -48,10 +55,11 @@ class FolderLock:
                 return False
             except OSError as error:
                 file.close()
-                raise OSError(
+                raise NoLocksError(
                     f"{self.path}: this file system has no locks ({error}); put the study elsewhere"
                 ) from error
         self._file = file
+        _HELD.add(self)
         self.note(os.getpid())
         return True
 
@@ -94,6 +102,19 @@ class FolderLock:
             except BlockingIOError:
                 return True
         return False
+
+
+_HELD: WeakSet[FolderLock] = WeakSet()
+
+
+def _release_all() -> None:
+    for lock in list(_HELD):
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    # closing the file in the child leaves the parent's lock alone
+    os.register_at_fork(after_in_child=_release_all)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +18,7 @@ from dora_lightning.offline.models import TextModel, load_model
 from dora_lightning.offline.shown import Shown
 from dora_lightning.terminal import say
 from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint, read_adapter_checkpoint
+from dora_lightning.training.checkpoint_files import load_checkpoint_file
 from dora_lightning.training.merging import merge_to_folder
 from dora_lightning.vl_bart import VLBartParts, resolve_vl_bart
 
@@ -124,7 +124,7 @@ def _base_of(path: str, adapter: AdapterCheckpoint, base: str | None) -> str:
     recorded = str(adapter.base["name"])
     if adapter.backbone not in (DoRALlava.__name__, DoRAVLBart.__name__) or (base is None and Path(recorded).is_dir()):
         return base or recorded
-    source = base or torch.load(path, map_location="cpu", weights_only=True)["hyper_parameters"]["model_name_or_path"]
+    source = base or load_checkpoint_file(path, mmap=True)["hyper_parameters"]["model_name_or_path"]
     if adapter.backbone == DoRALlava.__name__:
         return resolve_llava(LlavaParts(**source) if isinstance(source, dict) else source)
     return resolve_vl_bart(VLBartParts(**source) if isinstance(source, dict) else source)

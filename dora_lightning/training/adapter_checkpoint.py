@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dora_lightning.adapters import AdapterConfig
 from dora_lightning.adapters.quantized import is_quantized
 from dora_lightning.training.base_identity import check_same_base
+from dora_lightning.training.checkpoint_files import load_checkpoint_file
 
 KEY = "dora_lightning"
 FORMAT_VERSION = 1
@@ -108,14 +108,7 @@ def read_adapter_checkpoint(path: str | Path, mmap: bool = False) -> AdapterChec
         FileNotFoundError: there is no such file.
         ValueError: the file is not an adapter checkpoint of this library.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint file at {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:
-        # torch.load raises anything from KeyError to UnpicklingError for a file it cannot read
-        raise ValueError(f"{path} could not be read as a checkpoint: {error}") from error
+    checkpoint = load_checkpoint_file(path, mmap=mmap)
     entry = _entry(checkpoint, str(path))
     prefix = entry["prefix"]
     tensors = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}

@@ -16,12 +16,20 @@ from torch import nn
 
 from dora_lightning.adapters import AdapterConfig, adapted_submodule, summarize_adapters
 from dora_lightning.training.adapter_checkpoint import KEY, add_frozen, check_adapter_entry, write_adapter_entry
-from dora_lightning.training.atomic_checkpoint import write_checkpoints_atomically
 from dora_lightning.training.base_identity import awaited_dtypes, base_identity
+from dora_lightning.training.checkpoint_files import RUN_KEY
 from dora_lightning.training.parameter_groups import check_optimizers
 from dora_lightning.training.random_state import gather_random_states, restore_random_states
 from dora_lightning.training.report import summary_table
-from dora_lightning.training.resume import apply_overrides, configured_options
+from dora_lightning.training.resume import (
+    apply_overrides,
+    check_optimizer_classes,
+    check_resumable,
+    config_changes,
+    configured_options,
+    optimizer_classes,
+    trainer_settings,
+)
 from dora_lightning.training.streaming import stream_weights
 
 
@@ -38,6 +46,7 @@ class AdapterRun:
         self._awaited: dict[str, torch.dtype] = {}
         self._configured: list[list[dict[str, Any]]] = []
         self._restored: list[list[dict[str, Any]]] = []
+        self._restored_classes: list[str] = []
         self._random_states: list[dict[str, torch.Tensor]] = []
 
     def remember_base(self, model: nn.Module, name: str) -> None:
@@ -51,8 +60,8 @@ class AdapterRun:
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the optimisers have what trains, and print what that is."""
-        write_checkpoints_atomically(trainer.strategy)
         check_optimizers(pl_module, trainer.optimizers)
+        self._check_optimizer_classes(trainer)
         self._configured = configured_options(trainer.optimizers)
         if trainer.is_global_zero:
             Console().print(summary_table(summarize_adapters(pl_module)))
@@ -70,6 +79,10 @@ class AdapterRun:
         """Keep what trains, and say what base it belongs to."""
         prefix, config = _adapted(pl_module)
         write_adapter_entry(checkpoint, pl_module, config, self._base, prefix)
+        trainer = pl_module._trainer
+        if trainer is not None:
+            checkpoint[KEY]["optimizers"] = optimizer_classes(trainer.optimizers)
+            checkpoint[KEY]["trainer"] = trainer_settings(trainer)
         checkpoint[KEY]["optimizer_options"] = self._configured
         checkpoint[KEY]["random_states"] = gather_random_states()
 
@@ -81,8 +94,20 @@ class AdapterRun:
             add_frozen(checkpoint, pl_module)  # WeightAveraging loads both of its models strictly
         trainer = pl_module._trainer
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            self._restored = checkpoint[KEY].get("optimizer_options", [])
-            self._random_states = checkpoint[KEY].get("random_states", [])
+            check_resumable(checkpoint, trainer)
+            entry = checkpoint[KEY]
+            self._restored_classes = entry.get("optimizers", [])
+            self._restored = entry.get("optimizer_options", [])
+            self._random_states = entry.get("random_states", [])
+            if trainer.optimizers:  # strategies that shard read the checkpoint after they were made
+                self._check_optimizer_classes(trainer)
+            if RUN_KEY not in checkpoint:  # the command's checkpoints hold the whole config, which is compared
+                for line in config_changes(entry.get("trainer", {}), trainer_settings(trainer)):
+                    rank_zero_info(f"The config overrides the checkpoint: {line}")
+
+    def _check_optimizer_classes(self, trainer: Trainer) -> None:
+        saved, self._restored_classes = self._restored_classes, []
+        check_optimizer_classes(saved, trainer.optimizers, str(trainer.ckpt_path))
 
 
 def check_precision(trainer: Trainer | None) -> None:

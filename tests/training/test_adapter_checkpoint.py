@@ -139,7 +139,7 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"other\.ckpt is no adapter checkpoint of dora-lightning"):
         read_adapter_checkpoint(tmp_path / "other.ckpt")
     torch.save(torch.zeros(2), tmp_path / "tensor.ckpt")
-    with pytest.raises(ValueError, match="is no adapter checkpoint"):
+    with pytest.raises(ValueError, match="could not be read as a checkpoint: it holds a Tensor, and no dict"):
         read_adapter_checkpoint(tmp_path / "tensor.ckpt")
 
 
