@@ -262,14 +262,15 @@ def main(args: list[str] | None = None) -> None:
 def _run(args: list[str] | None) -> None:
     given = sys.argv[1:] if args is None else args
     _quiet()
-    # recipes and the user's own classes are found in the current folder, as `python -m` would
-    sys.path.insert(0, os.getcwd())
     verb = given[0] if given else "--help"
     if verb in OFFLINE_VERBS:
         auto_cli(
             OFFLINE_VERBS[verb], args=given[1:], prog=f"dora-lightning {verb}", as_positional=True, allow_abbrev=False
         )
     elif verb in TRAINER_VERBS:
+        # recipes and the user's own classes are found in the current folder, as `python -m` would; the other verbs run
+        # no code that is found there
+        sys.path.insert(0, os.getcwd())
         for recipes in ("datamodules", "tasks"):
             # importing them makes their classes known by their short names; elsewhere there need be none
             if importlib.util.find_spec(recipes):

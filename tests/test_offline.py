@@ -2,6 +2,8 @@
 
 import io
 import json
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import torch
 from tiny import MakeBackbone, MakeTrainer, perturb_adapters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dora_lightning.analyzing.command import analyze
+from dora_lightning.mt_bench.commands import mt_bench
 from dora_lightning.offline import generate, merge, models
 
 PROMPTS = ["is it cold or hot?", "what has many words, größe and 大小?", "Please choose the correct answer"]
@@ -156,6 +160,67 @@ def test_a_base_that_moved(adapter: str, tiny_llama: Path, tmp_path: Path, capsy
     expected = capsys.readouterr().out
     generate(str(tmp_path / "merged"), prompt="hot", max_new_tokens=5)
     assert capsys.readouterr().out == expected
+
+
+# A checkpoint of a stranger -------------------------------------------------------------------------------------------
+
+
+def change(checkpoint: str, base: object = None, **options: Any) -> None:
+    """Write another base's name, or other hyperparameters, into a checkpoint."""
+    content = torch.load(checkpoint, weights_only=True)
+    if base is not None:
+        content["dora_lightning"]["base"]["name"] = content["hyper_parameters"]["model_name_or_path"] = base
+    content["hyper_parameters"] |= options
+    torch.save(content, checkpoint)
+
+
+@pytest.mark.parametrize(
+    "base", ["package:x @ file:///tmp/x.whl", "package:--requirement=F", "package:a.b", "org/model"]
+)
+@pytest.mark.parametrize("verb", [generate, mt_bench, merge, analyze])
+def test_the_base_that_a_checkpoint_names_is_never_fetched(
+    adapter: str, tmp_path: Path, verb: Any, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **_: Any) -> Any:
+        raise AssertionError(f"called with {args}")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    change(adapter, base)
+    questions = tmp_path / "question.jsonl"
+    questions.write_text('{"question_id": 1, "category": "writing", "turns": ["hot?"]}')
+    given = {
+        generate: {"prompt": "a"},
+        mt_bench: {"questions": str(questions)},
+        merge: {"output": str(tmp_path / "merged")},
+        analyze: {"output": str(tmp_path)},
+    }
+    with pytest.raises(FileNotFoundError, match=r"adapter\.ckpt names '.*' as its base model, .*; .* with --base"):
+        verb(adapter, **given[verb])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("attn_implementation", "evil/kernel"),
+        ("attn_implementation", ["sdpa"]),
+        ("dtype", "float8"),
+        ("quantization", "evil"),
+        ("adapter", "none"),
+        ("adapter", {"rank": 4, "evil": 1}),
+    ],
+)
+def test_a_checkpoint_has_no_say_in_what_is_run(adapter: str, name: str, value: object) -> None:
+    change(adapter, None, **{name: value})
+    with pytest.raises(ValueError, match=rf"adapter\.ckpt.*({name} is .*it may be|none of the backbones|unexpected)"):
+        models.load_model(adapter, None)
+
+
+def test_what_a_checkpoint_says_beside_that_is_left_alone(adapter: str) -> None:
+    expected = models.load_model(adapter, None).answer(["hot"], {}, max_new_tokens=6, do_sample=False)
+    change(adapter, None, _instantiator="antigravity.fly", optimizer="evil", task="evil", feature_cache="/")
+    assert models.load_model(adapter, None).answer(["hot"], {}, max_new_tokens=6, do_sample=False) == expected
+    assert "antigravity" not in sys.modules
 
 
 @pytest.mark.parametrize(

@@ -8,19 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from dora_lightning.backbones import DoRALlava, DoRAVLBart
 from dora_lightning.files import json_rows, read_text, write_text_atomically
-from dora_lightning.llava_parts import LlavaParts, resolve_llava
+from dora_lightning.offline.checkpoints import base_of
 from dora_lightning.offline.models import TextModel, load_model
 from dora_lightning.offline.shown import Shown
 from dora_lightning.terminal import say
-from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint, read_adapter_checkpoint
+from dora_lightning.training.adapter_checkpoint import read_adapter_checkpoint
 from dora_lightning.training.merging import merge_to_folder
-from dora_lightning.vl_bart import VLBartParts, resolve_vl_bart
 
 CHAT, NONE = "chat", "none"
 
@@ -35,7 +32,7 @@ def merge(checkpoint: str, output: str, base: str | None = None, overwrite: bool
         overwrite: replace the output folder if it exists.
     """
     adapter = read_adapter_checkpoint(checkpoint)
-    folder = merge_to_folder(_base_of(checkpoint, adapter, base), adapter, output, overwrite)
+    folder = merge_to_folder(base_of(checkpoint, adapter, base), adapter, output, overwrite)
     say(f"Merged model: {folder}")
 
 
@@ -117,17 +114,6 @@ def generate(
         sys.stdout.write(lines)
     else:
         write_text_atomically(Path(output), lines)
-
-
-def _base_of(path: str, adapter: AdapterCheckpoint, base: str | None) -> str:
-    """The base to merge into. One that was put together from parts is so again where it is not there any more."""
-    recorded = str(adapter.base["name"])
-    if adapter.backbone not in (DoRALlava.__name__, DoRAVLBart.__name__) or (base is None and Path(recorded).is_dir()):
-        return base or recorded
-    source = base or torch.load(path, map_location="cpu", weights_only=True)["hyper_parameters"]["model_name_or_path"]
-    if adapter.backbone == DoRALlava.__name__:
-        return resolve_llava(LlavaParts(**source) if isinstance(source, dict) else source)
-    return resolve_vl_bart(VLBartParts(**source) if isinstance(source, dict) else source)
 
 
 def _listed(files: list[str] | str | None) -> list[str]:
