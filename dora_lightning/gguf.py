@@ -21,6 +21,7 @@ def convert_gguf(path: Path) -> Path:
 
     Raises:
         ModuleNotFoundError: what reads such files is not installed.
+        ValueError: the file could not be read.
     """
     folder = cache_folder() / "gguf" / f"{path.stem}-{digest(file_stamp(path))}"
     return cached(folder, lambda made: _convert(path, made, folder))
@@ -32,10 +33,17 @@ def _convert(path: Path, folder: Path, kept_as: Path) -> None:
             f'reading GGUF files needs {" and ".join(missing)}: pip install "dora-lightning[quickstart]"'
         )
     rank_zero_info(f"Converting {path.name} to safetensors (once; kept in {kept_as})")
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
-    )
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    except Exception as error:  # the reader of a file that was cut short raises anything
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"{path} ({path.stat().st_size:,} bytes) could not be read as a GGUF model: {reason}; it may be damaged or "
+            "cut short, or of an architecture that transformers does not read"
+        ) from error
     config = model.config
     # a model that knows it came from GGUF refuses save_pretrained
     if hasattr(config, "quantization_config"):  # transformers 5.0 leaves none

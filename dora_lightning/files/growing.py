@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
+from typing import Any
+
+from dora_lightning.files.json_writer import json_lines
 
 
 def check_writable(path: Path) -> None:
@@ -44,18 +48,18 @@ class GrowingFile:
         if path.is_file():
             _mend_end(path)
 
-    def append(self, line: str) -> None:
-        """Add a line, given without its line feed.
+    def append(self, *rows: Mapping[str, Any]) -> None:
+        """Add a line of JSON for each row, all of them or none.
 
         Raises:
             OSError: the disk is full, for one; the message names the file, which holds whole lines still.
         """
-        content = f"{line}\n".encode()
+        content = json_lines(rows)
         with self._lock, open(self.path, "ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             try:
                 if file.write(content) != len(content):
-                    raise OSError("only a part of the line could be written")
+                    raise OSError("only a part could be written")
                 os.fsync(file.fileno())
             except OSError as error:
                 file.truncate(end)

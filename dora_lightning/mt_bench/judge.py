@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -161,7 +160,7 @@ def judge_answers(
         judged = {**row, "judgment": judgment, "score": read_rating(judgment), "tstamp": time.time()}
         try:
             # here, so that a judgment that was asked for is kept whatever becomes of the main thread
-            kept.append(json.dumps(judged, ensure_ascii=False))
+            kept.append(judged)
         except OSError:
             stopped.set()
             raise

@@ -30,6 +30,7 @@ from dora_lightning.adapters.vera import scaled_pair, shared_pair
 from dora_lightning.pretrained import local_folder
 from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint
 from dora_lightning.training.base_identity import check_weight_of_base
+from dora_lightning.training.complete_adapter import check_complete
 from dora_lightning.training.stored_names import base_name
 
 # tensors of an adapter by the last part of their names; anything else replaces the base's tensor of its name
@@ -65,6 +66,7 @@ def merge_to_folder(
     output = Path(output)
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists; choose another folder or pass overwrite")
+    check_complete(adapter.config, adapter.tensors)
     source = local_folder(base)
     files = sorted(source.glob("*.safetensors"))
     if not files:

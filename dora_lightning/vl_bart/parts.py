@@ -119,7 +119,9 @@ def load_vl_bart(name: str | VLBartParts, dtype: str = "auto", attn_implementati
         dtype: ``auto`` for the dtype the weights are stored in, or ``float32``, ``bfloat16``, ``float16``.
         attn_implementation: handed to ``transformers``.
     """
-    return VLBart.from_pretrained(resolve_vl_bart(name), dtype=dtype, attn_implementation=attn_implementation)
+    return VLBart.from_pretrained(
+        resolve_pretrained(resolve_vl_bart(name)), dtype=dtype, attn_implementation=attn_implementation
+    )
 
 
 def load_vl_bart_tokenizer(name: str | VLBartParts) -> PreTrainedTokenizerBase:
