@@ -145,4 +145,4 @@ def _content(reply: str, url: str) -> str:
             raise TypeError(f"the content is {content!r:.80}")
     except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise ValueError(f"{url} answered with no chat completion: {reply[:300]!r}") from error
-    return content
+    return content.encode("utf-8", "replace").decode()  # half of a surrogate pair could be written to no file
