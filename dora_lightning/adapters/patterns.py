@@ -24,6 +24,8 @@ else:
 _FEW, _LENGTH = 1_000_000, 100
 _SINGLE = (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN)
 _REPEATS = (ops.MAX_REPEAT, ops.MIN_REPEAT)
+# of Python 3.11 and later
+_POSSESSIVE, _ATOMIC = (getattr(ops, name, None) for name in ("POSSESSIVE_REPEAT", "ATOMIC_GROUP"))
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -76,14 +78,16 @@ def _ways(items: Iterable[Any]) -> int:
             ways *= _ways(value[3])
         elif op in (ops.ASSERT, ops.ASSERT_NOT):
             ways *= _ways(value[1])
-        elif op in _REPEATS:
+        elif op is _ATOMIC:
+            ways *= _ways(value)
+        elif op in _REPEATS or op is _POSSESSIVE:
             least, most, repeated = value
             inside = _ways(repeated)
             if most > 1 and inside > 1:
                 return _FEW + 1
             ways *= inside * (1 if least == most else min(int(most) - least + 1, _LENGTH))
-        elif op not in (*_SINGLE, ops.AT):
-            ways *= _LENGTH  # back-references and the like
+        elif op not in (*_SINGLE, ops.AT, ops.GROUPREF):
+            return _FEW + 1
         if ways > _FEW:
             return _FEW + 1
     return ways

@@ -39,6 +39,7 @@ class GrowingFile:
 
     Raises:
         OSError: it cannot be written; the message names ``path``.
+        ValueError: there is a file already, of something else.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,9 +68,15 @@ class GrowingFile:
 
 
 def _mend_end(path: Path) -> None:
-    """Let a file end with a whole line."""
+    """Let a file end with a whole line.
+
+    Raises:
+        ValueError: it is no file of JSON lines, and nothing is to be done to it.
+    """
     with open(path, "rb+") as file:
         content = file.read()
+        if content and not content.lstrip().startswith(b"{"):
+            raise ValueError(f"{path} is no file of JSON lines, to which more could be added; name another file")
         whole = content.rfind(b"\n") + 1
         if whole == len(content):
             return

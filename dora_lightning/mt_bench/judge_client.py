@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -103,7 +104,7 @@ def chat_client(
                     raise OSError(f"{url} sends the request elsewhere, which is not followed: {reason}") from None
                 if error.code not in _RETRIED and error.code < 500:
                     raise OSError(f"{url} refused the request: {reason}") from None
-            except OSError as error:  # out of reach, or too slow
+            except (OSError, HTTPException) as error:  # out of reach, too slow, or cut short
                 reason = shown(str(error))
         raise OSError(f"{url} gave no answer in {attempts} attempts; the last: {reason}")
 
@@ -121,7 +122,9 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 def _parts(api: str) -> SplitResult:
     try:
         parts = urlsplit(api)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname)
+        usable = (
+            parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        )  # a port may be no number
     except ValueError:
         usable = False
     if not usable:

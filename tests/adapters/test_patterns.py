@@ -69,10 +69,15 @@ def test_no_pattern_takes_long(pattern: str) -> None:
     assert by_pattern("a" * 60, {f"{pattern}!": 1}, 2) == 2
 
 
-def test_what_neither_way_can_match_in_time_is_named() -> None:
-    assert matches(r"(a)\1", "aa")
+@pytest.mark.parametrize("pattern", [r"(a+)+\1b", "(?i)(a+)+b", "(?i:(a+))+b", "(a)?(?(1)(a+)+b|c)"])
+def test_what_neither_way_can_match_in_time_is_named(pattern: str) -> None:
     with pytest.raises(ValueError, match="could take exponentially long: write it without repeats inside of repeats"):
-        matches(r"(a+)+\1b", "a" * 60)
+        matches(pattern, "a" * 60)
+
+
+def test_what_is_quick_may_have_any_part() -> None:
+    assert matches(r"(a)\1", "aa")
+    assert matches("(?i)A.*", "ab")
 
 
 @pytest.mark.parametrize("pattern", ["(" * 5000 + "a" + ")" * 5000, "a{99999999999999}", "(a"])
