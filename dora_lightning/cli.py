@@ -296,9 +296,9 @@ def _run(args: list[str] | None) -> None:
         sys.exit(f"dora-lightning: unknown verb {verb!r}\n\n{_usage()}")
 
 
-def _read_yaml(text: str) -> Any:
-    """What the command's parsers read of configs and options, whose size is limited."""
-    check_yaml(text)
+def _read_yaml(text: str, path: object = None) -> Any:
+    """What the command's parsers read of configs and options, whose size is limited; they say which file it is of."""
+    check_yaml(text, str(path or "an option"))
     return _YAML_LOADER(text)
 
 

@@ -88,7 +88,7 @@ def resolve_recorded(name: object, file: str | Path) -> str:
         source = resolve_pretrained(name, fetch=False)
         return source if Path(source).is_dir() else snapshot_download(source, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0].removesuffix(".")
         raise FileNotFoundError(
             f"{file} names {name!r:.200} as its base model, and no copy of it is on this machine ({reason}). Names in "
             "files are never fetched: name the base model yourself, with --base"

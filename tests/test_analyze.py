@@ -117,7 +117,7 @@ def test_the_base_that_a_peft_folder_names_is_never_fetched(
     Path("peft").mkdir()
     Path("peft/adapter_config.json").write_text(json.dumps(options))
     save_file(tensors, "peft/adapter_model.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"^peft names '.*' as its base model, .*; .* with --base$"):
+    with pytest.raises(FileNotFoundError, match=r"^peft names '.*' as its base model, and no copy .* with --base$"):
         analyze("peft")
 
 

@@ -84,13 +84,16 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def converted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+def converted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     """Notes the GGUF files that would be converted."""
     seen: list[Path] = []
 
     def convert(path: Path) -> Path:
         seen.append(path)
-        return Path("converted")
+        return tmp_path / "converted"
+
+    (tmp_path / "converted").mkdir()
+    (tmp_path / "converted/config.json").write_text("{}")
 
     monkeypatch.setattr(pretrained, "convert_gguf", convert)
     return seen
@@ -146,7 +149,7 @@ def test_the_file_of_an_installed_package_is_taken(
     tmp_path: Path, cache: Path, converted: list[Path], pinned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = install(tmp_path, monkeypatch, WEIGHTS)
-    assert resolve_pretrained("package:llm-of-mine") == "converted"
+    assert resolve_pretrained("package:llm-of-mine") == str(tmp_path / "converted")
     assert converted == [file]
     assert not cache.exists()
 

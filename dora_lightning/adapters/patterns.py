@@ -68,7 +68,7 @@ def _parsed(pattern: str) -> tuple[Any, bool]:
     return parsed, _ways(parsed) <= _FEW
 
 
-def _ways(items: Iterable[Any]) -> int:
+def _ways(items: Any) -> int:
     """An upper bound of the ways in which a part matches, or more than :data:`_FEW`."""
     ways = 1
     for op, value in items:
@@ -100,7 +100,7 @@ class _Positions:
         self.name = name
         self._known: dict[tuple[int, int], frozenset[int]] = {}
 
-    def after(self, items: Iterable[Any], starts: frozenset[int]) -> frozenset[int]:
+    def after(self, items: Any, starts: frozenset[int]) -> frozenset[int]:
         """Where a sequence of items can end that begins at one of ``starts``."""
         for item in items:
             starts = frozenset().union(*(self._after_item(item, start) for start in starts))

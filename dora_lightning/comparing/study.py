@@ -139,7 +139,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        check_yaml(path.read_text(encoding="utf-8"))
+        check_yaml(path.read_text(encoding="utf-8"), str(path))
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise ValueError(f"{path} is not a YAML file: {error}") from error

@@ -12,10 +12,14 @@ LARGEST = 200_000
 """Values that a config may have, with every alias written out."""
 
 
-def check_yaml(text: str) -> None:
+def check_yaml(text: str, place: str) -> None:
     """See whether a YAML text stays small with all of its aliases written out.
 
     What is no YAML passes: its reader says so.
+
+    Args:
+        text: the text.
+        place: its file, for messages.
 
     Raises:
         ValueError: it becomes more than :data:`LARGEST` values, or is nested too deeply to be read.
@@ -26,11 +30,11 @@ def check_yaml(text: str) -> None:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         size = _size(root, {}, set()) if root is not None else 0
     except RecursionError:
-        raise ValueError(f"YAML {text[:40]!r}... is nested too deeply to be read") from None
+        raise ValueError(f"{place}: YAML that is nested too deeply to be read") from None
     except yaml.YAMLError:
         return
     if size > LARGEST:
-        raise ValueError(f"YAML {text[:40]!r}... stands for more than {LARGEST:,} values with its aliases written out")
+        raise ValueError(f"{place}: YAML that stands for more than {LARGEST:,} values with its aliases written out")
 
 
 def _is_deep(text: str) -> bool:

@@ -13,19 +13,21 @@ BOMB = f"a0: &a0 [{ONES}]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] 
 
 @pytest.mark.parametrize("text", [BOMB, "a: &a [*a]", "a: &a {b: *a}"])
 def test_aliases_that_grow_without_end(text: str) -> None:
-    with pytest.raises(ValueError, match="stands for more than 200,000 values with its aliases written out"):
-        check_yaml(text)
+    with pytest.raises(
+        ValueError, match=r"^a\.yaml: YAML that stands for more than 200,000 values with its aliases written out"
+    ):
+        check_yaml(text, "a.yaml")
 
 
 @pytest.mark.parametrize("text", ["[" * 20_000, "- " * 5_000, "{a: " * 5_000])
 def test_what_is_nested_too_deeply(text: str) -> None:
-    with pytest.raises(ValueError, match="nested too deeply"):
-        check_yaml(text)
+    with pytest.raises(ValueError, match=r"^a\.yaml: .*nested too deeply"):
+        check_yaml(text, "a.yaml")
 
 
 @pytest.mark.parametrize("text", ["a: &a [1, 2]\nb: [*a, *a]", "*", "a: *b", "a: b*c", "[1, 2", "a" * 10**6, ""])
 def test_ordinary_texts_pass(text: str) -> None:
-    check_yaml(text)
+    check_yaml(text, "a.yaml")
 
 
 @pytest.mark.parametrize("arguments", [("fit", "--config"), ("generate", "--config"), ("compare",)])
