@@ -109,7 +109,8 @@ class _Positions:
     def _after_item(self, item: Any, start: int) -> frozenset[int]:
         key = (id(item), start)  # the parsed pattern outlives this object
         if key not in self._known:
-            self._known[key] = self._compute(*item, start)
+            op, value = item
+            self._known[key] = self._compute(op, value, start)
         return self._known[key]
 
     def _compute(self, op: Any, value: Any, start: int) -> frozenset[int]:
@@ -123,7 +124,8 @@ class _Positions:
         if op is ops.SUBPATTERN and not (value[1] or value[2]):
             return self.after(value[3], here)
         if op in _REPEATS:
-            return self._repeated(*value, here)
+            least, most, repeated = value
+            return self._repeated(least, most, repeated, here)
         if op is ops.AT:
             return here if self._is_at(value, start) else frozenset()
         if op in (ops.ASSERT, ops.ASSERT_NOT):
@@ -162,7 +164,7 @@ class _Positions:
 def _fits(op: Any, value: Any, character: str) -> bool:
     if op is ops.IN:
         negated = value[0][0] is ops.NEGATE
-        return any(_fits(*choice, character) for choice in value[negated:]) != negated
+        return any(_fits(kind, part, character) for kind, part in value[negated:]) != negated
     if op is ops.ANY:
         return character != "\n"
     if op is ops.RANGE:
