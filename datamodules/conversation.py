@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from dora_lightning.chat_templates import apply_chat_template
 
 Turns: TypeAlias = Sequence[tuple[str, str | None]]
 """Pairs of question and answer in their order; the last answer is None where it is to be generated."""
@@ -144,14 +145,7 @@ class TokenizerTemplate:
         return {"role": role, "content": [{"type": "text", "text": text}] if self._wants_parts else text}
 
     def _render(self, messages: list[dict[str, object]], add_generation_prompt: bool = False) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
-            raise ValueError(f"the tokenizer's chat template refuses a conversation: {error}") from error
-        assert isinstance(text, str)
-        return text
+        return apply_chat_template(self.tokenizer, messages, add_generation_prompt)
 
 
 _VICUNA_SYSTEM = (

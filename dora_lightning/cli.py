@@ -12,12 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import auto_cli
+from jsonargparse import auto_cli, get_loader, set_loader
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
+from yaml import YAMLError
 
 import dora_lightning
 import dora_lightning.backbones
@@ -28,6 +29,7 @@ from dora_lightning.callbacks import DoRA, RunSummary
 from dora_lightning.callbacks.run_summary import run_files
 from dora_lightning.comparing import compare
 from dora_lightning.extract_features import extract_features
+from dora_lightning.files.yaml_limits import check_yaml
 from dora_lightning.mt_bench.commands import mt_bench, mt_bench_judge, mt_bench_scores
 from dora_lightning.offline import generate, merge
 from dora_lightning.planning import plan
@@ -42,6 +44,9 @@ from dora_lightning.training.stopping import StopOnSignal
 TRACEBACK_VARIABLE = "DORA_LIGHTNING_TRACEBACK"
 # what bad input raises; anything else is a bug, and its traceback is shown
 _EXPECTED_ERRORS = (ValueError, OSError, ImportError, MisconfigurationException)
+
+# jsonargparse's own, which "omegaconf+" uses as well
+_YAML_LOADER = get_loader("yaml")
 
 TRAINER_VERBS = {
     "fit": "train from a config file: dora-lightning fit --config configs/quickstart.yaml",
@@ -283,14 +288,17 @@ def main(args: list[str] | None = None) -> None:
 def _run(args: list[str] | None) -> None:
     given = sys.argv[1:] if args is None else args
     _quiet()
-    # recipes and the user's own classes are found in the current folder, as `python -m` would
-    sys.path.insert(0, os.getcwd())
+    for mode in ("yaml", "omegaconf+"):
+        set_loader(mode, _read_yaml, (YAMLError,))
     verb = given[0] if given else "--help"
     if verb in OFFLINE_VERBS:
         auto_cli(
             OFFLINE_VERBS[verb], args=given[1:], prog=f"dora-lightning {verb}", as_positional=True, allow_abbrev=False
         )
     elif verb in TRAINER_VERBS:
+        # recipes and the user's own classes are found in the current folder, as `python -m` would; the other verbs run
+        # no code that is found there
+        sys.path.insert(0, os.getcwd())
         for recipes in ("datamodules", "tasks"):
             # importing them makes their classes known by their short names; elsewhere there need be none
             if importlib.util.find_spec(recipes):
@@ -307,6 +315,12 @@ def _run(args: list[str] | None) -> None:
         print(_usage())
     else:
         sys.exit(f"dora-lightning: unknown verb {verb!r}\n\n{_usage()}")
+
+
+def _read_yaml(text: str, path: object = None) -> Any:
+    """What the command's parsers read of configs and options, whose size is limited; they say which file it is of."""
+    check_yaml(text, str(path or "an option"))
+    return _YAML_LOADER(text)
 
 
 def _reason(error: BaseException) -> str:

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dora_lightning.feature_batches import PixelBatches, VisualFile, batches_of, find_files, is_video, measure_file
-from dora_lightning.feature_files import FeatureFolder
+from dora_lightning.feature_files import SETTINGS_FILE, FeatureFolder
 from dora_lightning.feature_rows import VIDEO_EVERY
 from dora_lightning.files import read_json
+from dora_lightning.files.growing import check_writable
 from dora_lightning.open_clip_tower import POOLED, OpenClipTower, OpenClipVision, build_tower
 from dora_lightning.terminal import say
 
@@ -74,6 +75,7 @@ def extract_features(
     paths = find_files(Path(source).expanduser())
     if kind != POOLED and any(is_video(path) for path in paths.values()):
         raise ValueError(f"kind: videos have one row a frame, choose {POOLED}; there are videos in {source}")
+    check_writable(Path(output).expanduser() / SETTINGS_FILE)
     vision = _vision(model, pretrained, kind, random_seed)
     chosen = _device(device)
     tower = build_tower(vision).eval()

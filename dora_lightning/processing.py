@@ -25,7 +25,7 @@ def load_processor(name: str | LlavaParts) -> Any:
     """
     source = resolve_llava(name)
     try:
-        processor = AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
         raise not_loaded(source, "processor", error) from error
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):

@@ -2,12 +2,15 @@
 
 import json
 import math
+import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import MakeBackbone, MakeLlama, MakeTrainer, RunCLI, perturb_adapters
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -95,6 +98,27 @@ def test_an_adapter_checkpoint_knows_its_base(save: Any, method: str, tiny_llama
         assert {delta_d for _, delta_d in moves().values()} == {0.0}
     else:
         check(moves(), load(tiny_llama), merged, TARGETS)
+
+
+@pytest.mark.parametrize("base", ["package:x @ file:///tmp/x.whl", "package:--requirement=F", "org/model"])
+def test_the_base_that_a_peft_folder_names_is_never_fetched(
+    here: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **_: Any) -> Any:
+        raise AssertionError(f"called with {args}")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    options = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": base}
+    tensors = {
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 32),
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": torch.zeros(32, 2),
+    }
+    Path("peft").mkdir()
+    Path("peft/adapter_config.json").write_text(json.dumps(options))
+    save_file(tensors, "peft/adapter_model.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"^peft names '.*' as its base model, and no copy .* with --base$"):
+        analyze("peft")
 
 
 def test_first_values_that_came_from_the_weight(save: Any, tiny_llama: Path) -> None:

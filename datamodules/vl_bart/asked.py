@@ -142,7 +142,7 @@ class AskedDataModule(SampledDataModule):
         if self.tokenizer is not None:
             return
         folder = resolve_vl_bart(self.model_name)
-        self._config = AutoConfig.from_pretrained(folder)
+        self._config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         self._visuals = dict(self.visuals())
         for name, visuals in self._visuals.items():
             if not visuals.from_features and self._config.vision is None:

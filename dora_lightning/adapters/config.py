@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
+from dora_lightning.adapters.patterns import matches
+
 METHODS = ("dora", "lora", "vera", "dvora", "magnitude", "full")
 NORM_AXES = ("out", "in")
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_<steps>", "olora")
@@ -148,7 +150,7 @@ def by_pattern(module: str, patterns: Mapping[str, _Value], default: _Value) -> 
     >>> by_pattern("layers.0.q_proj", {"v_proj": 4, "q_proj": 8}, 16)
     8
     """
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return next((value for key, value in patterns.items() if matches(rf"(.*\.)?({key})", module)), default)
 
 
 def outside(parts: Sequence[str], excluded: str | list[str]) -> str:
@@ -173,7 +175,7 @@ def _check_patterns(option: str, patterns: str | list[str]) -> None:
     if isinstance(patterns, str):
         try:
             re.compile(patterns)
-        except re.error as error:
-            raise ValueError(f"{option}: {patterns!r} is not a regular expression: {error}") from error
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{option}: {patterns!r:.200} is not a regular expression: {error}") from error
     elif not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) and p for p in patterns):
         raise ValueError(f"{option} must be a string or a list of module names, got {patterns!r}")

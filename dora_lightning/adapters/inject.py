@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from torch import nn
 from dora_lightning.adapters.config import AdapterConfig, by_pattern, outside
 from dora_lightning.adapters.layers import AdapterLayer, DoRALinear, LoRALinear, MagnitudeLinear
 from dora_lightning.adapters.operators import is_linear, operator_of
+from dora_lightning.adapters.patterns import named_by
 from dora_lightning.adapters.quantized import is_quantized, keep_packing
 from dora_lightning.adapters.vera import DVoRALinear, VeRALinear
 
@@ -276,7 +276,7 @@ def _matches(
             raise ValueError(f"{option}: the model has no nn.Linear to adapt")
         return found
     matched: set[str] = set()
-    for pattern, found in _found(modules, patterns):
+    for pattern, found in named_by(modules, patterns):
         if not found:
             raise ValueError(f"{option}: {pattern!r} matches no module. {_what_would_match(modules, pattern)}")
         for name in sorted(found):
@@ -294,20 +294,11 @@ def _matches(
 
 def _excluded(modules: dict[str, nn.Module], patterns: str | list[str]) -> set[str]:
     excluded: set[str] = set()
-    for pattern, found in _found(modules, patterns):
+    for pattern, found in named_by(modules, patterns):
         if not found:
             raise ValueError(f"exclude_modules: {pattern!r} matches no module. {_what_would_match(modules, pattern)}")
         excluded |= found
     return excluded
-
-
-def _found(modules: dict[str, nn.Module], patterns: str | list[str]) -> Iterator[tuple[str, set[str]]]:
-    """Each pattern, and the names that it matches: a string as a regular expression, those of a list as suffixes."""
-    if isinstance(patterns, str):
-        yield patterns, {name for name in modules if re.fullmatch(patterns, name)}
-        return
-    for pattern in patterns:
-        yield pattern, {name for name in modules if name == pattern or name.endswith(f".{pattern}")}
 
 
 def _what_would_match(modules: dict[str, nn.Module], pattern: str) -> str:

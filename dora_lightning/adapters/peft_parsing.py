@@ -172,7 +172,7 @@ def _read_tensors(folder: Path, contents: Contents) -> None:
                     unexpected.append(key)
     except SafetensorError as error:
         raise ValueError(f"{TENSORS_NAME} could not be read as safetensors: {error}") from error
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"rank_pattern or alpha_pattern: {error}") from error
     if unexpected:
         known = {"VERA": "vera_lambda_d and vera_lambda_b"}.get(

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from dora_lightning.adapters.operators import operator_of
 from dora_lightning.analyzing.stored_weights import StoredWeights, is_matrix
-from dora_lightning.pretrained import local_folder, weight_files
+from dora_lightning.pretrained import local_folder, resolve_recorded, weight_files
 from dora_lightning.training.stored_names import stored_names
 from dora_lightning.vl_bart import VLBart
 
@@ -24,14 +24,15 @@ class BaseModel:
 
     Args:
         name: folder, hub id, GGUF file or package.
+        recorded_in: the file that says so, if it was not the user; nothing is fetched then.
 
     Raises:
         FileNotFoundError: there is no such model, or it has no safetensors.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, recorded_in: str | None = None) -> None:
         self.name = name
-        folder = local_folder(name)
+        folder = local_folder(name) if recorded_in is None else Path(resolve_recorded(name, recorded_in))
         self.weights = StoredWeights(weight_files(folder))
         self._model = _without_weights(folder)
         self._stored = stored_names(self._model) if self._model is not None else {}
@@ -85,10 +86,12 @@ def stored_matrix(weight: Tensor, transposed: bool) -> Tensor:
 def _without_weights(folder: Path) -> nn.Module | None:
     """The model on the meta device, for its modules' names and kinds; None if its class is not to be had here."""
     try:
-        config: Any = AutoConfig.from_pretrained(folder)
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         name = (config.architectures or [""])[0]
         kind: Any = VLBart if name == VLBart.__name__ else getattr(transformers, name)
+        if not issubclass(kind, PreTrainedModel):  # the name is out of a file
+            return None
         with torch.device("meta"):
             return kind(config)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return None

@@ -13,6 +13,7 @@ from dora_lightning.analyzing.records import PATTERN_FILE
 from dora_lightning.analyzing.report import as_json, report
 from dora_lightning.analyzing.sources import collect
 from dora_lightning.files import write_text_atomically
+from dora_lightning.files.growing import check_writable
 from dora_lightning.plots import can_plot
 from dora_lightning.terminal import say
 
@@ -39,9 +40,9 @@ def analyze(
     if not names:
         raise ValueError("nothing to analyse: name a run folder, a checkpoint or a model")
     _check_regex(modules)
-    records = collect(names, base, lambda name: _is_wanted(name, modules))
     folder = Path(output) if output is not None else _default_folder(names)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder / JSON_FILE)
+    records = collect(names, base, lambda name: _is_wanted(name, modules))
     content = {"base": base, "tuned": names} | as_json(records)
     write_text_atomically(folder / JSON_FILE, json.dumps(content, indent=2) + "\n")
     console = Console()

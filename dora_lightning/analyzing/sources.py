@@ -56,7 +56,7 @@ def collect(tuned: Sequence[str], base: str | None, wanted: Wanted) -> list[Reco
         if not chosen:
             raise ValueError(f"{name} does not say what it was tuned from; give --base FOLDER or a hub id")
         if chosen not in models:
-            models[chosen] = BaseModel(chosen)
+            models[chosen] = BaseModel(chosen, recorded_in=None if base else name)
         return models[chosen]
 
     records: list[Record] = []

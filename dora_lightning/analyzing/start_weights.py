@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from dora_lightning.adapters.analysis import row_blocks
 from dora_lightning.analyzing.stored_weights import StoredWeights, write_tensors
 from dora_lightning.files import write_atomically
-from dora_lightning.pretrained import local_folder, weight_files
+from dora_lightning.pretrained import local_folder, resolve_recorded, weight_files
 from dora_lightning.training.sharded_checkpoint import whole_tensor
 from dora_lightning.training.stored_names import base_name, stored_names
 
@@ -80,9 +80,10 @@ def _base_files(module: nn.Module) -> tuple[StoredWeights | None, dict[str, str]
         return None, {}
     prefix, model = found
     named = getattr(module, "model_name_or_path", None)
-    base = named if isinstance(named, str) else model.config.name_or_path or ""
     try:
-        files = StoredWeights(weight_files(local_folder(base)))
+        # what a config says of itself may stand in a file
+        folder = local_folder(named) if isinstance(named, str) else resolve_recorded(model.config.name_or_path, "")
+        files = StoredWeights(weight_files(Path(folder)))
     except (OSError, ValueError, ImportError):  # what cannot be had of the files is taken from a snapshot
         return None, {}
     stored = stored_names(model)

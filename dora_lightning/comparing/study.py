@@ -13,6 +13,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dora_lightning.files.yaml_limits import check_yaml
+
 _KEYS = (
     "title", "folder", "configs", "overrides", "axes", "seeds", "seed_options", "exclude", "rules", "metrics",
 )  # fmt: skip
@@ -137,8 +139,9 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
+        check_yaml(path.read_text(encoding="utf-8"), str(path))
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise ValueError(f"{path} is not a YAML file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of keys, found a {type(content).__name__}")

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dora_lightning.chat_templates import apply_chat_template
 from dora_lightning.files import write_text_atomically
+from dora_lightning.files.growing import check_writable
 from dora_lightning.mt_bench.questions import Question, read_answers
 
 CHAT, ALPACA, FASTCHAT_ALPACA = "chat", "alpaca", "fastchat_alpaca"
@@ -49,7 +51,7 @@ def dialogue_prompt(
             messages.append({"role": "user", "content": turn})
             if number < len(answers):
                 messages.append({"role": "assistant", "content": answers[number]})
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return apply_chat_template(tokenizer, messages, add_generation_prompt=True)
     prompt = _SYSTEM
     for number, turn in enumerate(turns):
         answer = f"{answers[number]}{tokenizer.eos_token}" if number < len(answers) else None
@@ -113,6 +115,7 @@ def answer_questions(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     file = Path(file)
+    check_writable(file)
     settings = {"template": template, "max_new_tokens": max_new_tokens, "seed": seed}
     rows = read_answers(file) if file.is_file() else {}
     _check_rows(rows, file, {"model_id": model_id, "settings": settings})
@@ -133,7 +136,6 @@ def answer_questions(
                 "settings": settings,
             }
         asked += len(batch)
-        file.parent.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(rows[number], ensure_ascii=False) + "\n" for number in sorted(rows))
         write_text_atomically(file, "".join(lines))
         report(sum(question.question_id in rows for question in questions), len(questions))

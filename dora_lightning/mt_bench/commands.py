@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from rich.console import Console
 
 from dora_lightning.backbones.causal_lm import generate_texts
 from dora_lightning.files import write_text_atomically
+from dora_lightning.files.growing import check_writable
 from dora_lightning.mt_bench.answers import CHAT, answer_questions
 from dora_lightning.mt_bench.judge import OWN_PROMPTS, judge_answers, read_prompts
-from dora_lightning.mt_bench.judge_client import chat_client
+from dora_lightning.mt_bench.judge_client import chat_client, key_for
 from dora_lightning.mt_bench.questions import read_answers, read_questions
 from dora_lightning.mt_bench.scores import read_judgments, score_table, scores
 from dora_lightning.offline import load_finished
@@ -47,9 +47,10 @@ def mt_bench(
         seed: seed of sampling; the temperature is that of a question's category, as published.
     """
     asked = read_questions(questions)
-    network, tokenizer = load_finished(model, base)
     name = model_id or _model_id(model)
     file = Path(output) / f"{name}.jsonl"
+    check_writable(file)
+    network, tokenizer = load_finished(model, base)
 
     def answer(prompts: Sequence[str], **options: Any) -> list[str]:
         return generate_texts(network, tokenizer, prompts, **options)
@@ -69,7 +70,7 @@ def mt_bench_judge(
     references: str | None = None,
     prompts: str | None = None,
     output: str | None = None,
-    key_variable: str = "OPENAI_API_KEY",
+    key_variable: str | None = None,
     request: dict[str, Any] | None = None,
     workers: int = 4,
 ) -> None:
@@ -85,11 +86,12 @@ def mt_bench_judge(
         prompts: FastChat's judge_prompts.jsonl; by default our own prompts, whose scores do not compare with published
             ones.
         output: file of the judgments; by default model_judgment/{judge}_single.jsonl beside the answers' folder.
-        key_variable: environment variable with the key of the address, if it wants one.
+        key_variable: environment variable with the key of the address, if it wants one; by default OPENAI_API_KEY for
+            OpenAI's own address, and no key for any other. It is sent over https alone, or to this machine.
         request: fields of the request to change or add; null leaves one out.
         workers: judgments asked for at a time.
     """
-    ask = chat_client(api, judge, os.environ.get(key_variable), request)
+    ask = chat_client(api, judge, key_for(api, key_variable), request)
     name = judge.replace("/", "_")
     file = Path(output) if output else Path(answers).parent.parent / "model_judgment" / f"{name}_single.jsonl"
     judged = judge_answers(
@@ -115,6 +117,8 @@ def mt_bench_scores(judgments: list[str] | str, questions: str | None = None, ou
         output: JSON file to write the scores to as well.
     """
     files = [judgments] if isinstance(judgments, str) else judgments
+    if output is not None:
+        check_writable(Path(output))
     results = scores(read_judgments(files), read_questions(questions) if questions else ())
     Console().print(score_table(results))
     if output is not None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
-from dora_lightning.files import write_text_atomically
+from dora_lightning.files.growing import GrowingFile
 from dora_lightning.mt_bench.judge_client import Ask
 from dora_lightning.mt_bench.questions import Question, field, read_lines
-from dora_lightning.mt_bench.scores import NO_SCORE, read_judgments
+from dora_lightning.mt_bench.scores import HIGHEST_RATING, LOWEST_RATING, NO_SCORE, read_judgments
 
 _RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]")
 _RATING_IN_SINGLE_BRACKETS = re.compile(r"\[(\d+\.?\d*)\]")
@@ -86,13 +86,20 @@ def read_prompts(path: str | Path) -> dict[tuple[bool, int], JudgePrompt]:
 def read_rating(judgment: str) -> float:
     """The rating in a judgment, or -1: between double square brackets, else between single ones; the first counts.
 
+    What is not from 1 to 10 is no rating.
+
     >>> read_rating("Good. Rating: [[8]]"), read_rating("Rating: [7.5]"), read_rating("Rating: 7")
     (8, 7.5, -1)
+    >>> read_rating("Rating: [[100]]"), read_rating("Rating: [[0]]")
+    (-1, -1)
     """
     found = _RATING.search(judgment) or _RATING_IN_SINGLE_BRACKETS.search(judgment)
     if found is None:
         return NO_SCORE
-    return float(found[1]) if "." in found[1] else int(found[1])
+    rating = float(found[1])
+    if not LOWEST_RATING <= rating <= HIGHEST_RATING:
+        return NO_SCORE
+    return rating if "." in found[1] else int(rating)
 
 
 def judge_answers(
@@ -106,12 +113,15 @@ def judge_answers(
     workers: int = 4,
     report: Callable[[int, int], None] = lambda done, count: None,
 ) -> int:
-    """Let a judge rate every turn that ``file`` has no judgment of yet, and write it anew after each.
+    """Let a judge rate every turn that ``file`` has no judgment of yet, and add each judgment when it comes.
 
     A row is ``{"question_id", "model", "judge": [model, prompt], "user_prompt", "judgment", "score", "turn",
     "tstamp"}``, as in FastChat's ``model_judgment/gpt-4_single.jsonl``; the file may hold those of other models.
     The second turn is judged with the first before it. Questions on math, reasoning and coding are judged beside a
     reference: that of the question, or of ``references``.
+
+    A request that fails does not touch the others. Where as many fail in a row as are asked at a time, and at least
+    three, no more are sent.
 
     Args:
         questions: what was asked.
@@ -128,32 +138,61 @@ def judge_answers(
         How many turns were judged now.
 
     Raises:
-        ValueError: an answer or a needed reference is missing.
+        ValueError: an answer or a needed reference is missing, or there are too few workers.
+        OSError: the file cannot be written; or, at the end, some turns could not be judged.
     """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
     file = Path(file)
+    kept = GrowingFile(file)
     rows = read_judgments([file]) if file.is_file() else []
     judged = {_key(row) for row in rows}
     wanted = [row for question in questions for row in _turns(question, answers, references, judge, prompts)]
     open_ones = [(row, system) for row, system in wanted if _key(row) not in judged]
     report(len(wanted) - len(open_ones), len(wanted))
 
-    def rate(row: dict[str, Any], system: str) -> dict[str, Any]:
-        judgment = ask(system, row["user_prompt"])
-        return {**row, "judgment": judgment, "score": read_rating(judgment), "tstamp": time.time()}
+    stopped = Event()
 
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(rate, row, system) for row, system in open_ones]
+    def rate(row: dict[str, Any], system: str) -> bool:
+        if stopped.is_set():
+            return False
+        judgment = ask(system, row["user_prompt"])
+        judged = {**row, "judgment": judgment, "score": read_rating(judgment), "tstamp": time.time()}
         try:
-            for done, future in enumerate(as_completed(futures), start=1):
-                rows.append(future.result())
-                rows.sort(key=lambda row: (row["model"], row["turn"], row["question_id"]))
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_text_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            # here, so that a judgment that was asked for is kept whatever becomes of the main thread
+            kept.append(judged)
+        except OSError:
+            stopped.set()
+            raise
+        return True
+
+    done, in_a_row, failures = 0, 0, []
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(rate, row, system): row for row, system in open_ones}
+        try:
+            for future in as_completed(futures):
+                try:
+                    if not future.result():
+                        continue
+                except (OSError, ValueError) as error:
+                    row = futures[future]
+                    failures.append(f"question {row['question_id']}, turn {row['turn']}: {error}")
+                    in_a_row += 1
+                    if in_a_row >= max(workers, 3):
+                        stopped.set()
+                    continue
+                done, in_a_row = done + 1, 0
                 report(len(wanted) - len(open_ones) + done, len(wanted))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return len(open_ones)
+    if failures:
+        listed = "; ".join(failures[:3]) + (f"; and {len(failures) - 3} more" if len(failures) > 3 else "")
+        raise OSError(
+            f"{len(open_ones) - done} of {len(wanted)} turns have no judgment yet ({listed}). {done} new ones are kept "
+            f"in {file}; the same command goes on from there"
+        )
+    return done
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

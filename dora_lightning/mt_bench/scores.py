@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from dora_lightning.mt_bench.questions import Question, field, read_lines
 from dora_lightning.terminal import PlainTable
 
+LOWEST_RATING, HIGHEST_RATING = 1, 10
 NO_SCORE = -1
-"""Score of a judgment in which no rating was found; it is left out of every mean."""
+"""Score of a judgment in which no rating from 1 to 10 was found; it is counted, and left out of every mean."""
 
 
 class ModelScores(NamedTuple):
@@ -103,4 +104,6 @@ def _judgment(row: dict[str, Any]) -> dict[str, Any]:
     score = row.get("score")
     if isinstance(score, bool) or not isinstance(score, (int, float)):
         raise ValueError(f"field 'score' must be a number, found {score!r:.80}")
+    if not LOWEST_RATING <= score <= HIGHEST_RATING:
+        row = row | {"score": NO_SCORE}  # other programs take whatever number the judge wrote
     return row

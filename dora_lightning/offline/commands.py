@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from dora_lightning.backbones import DoRALlava, DoRAVLBart
-from dora_lightning.files import json_rows, read_text, write_text_atomically
-from dora_lightning.llava_parts import LlavaParts, resolve_llava
+from dora_lightning.chat_templates import apply_chat_template
+from dora_lightning.files import json_rows, read_text
+from dora_lightning.offline.checkpoints import base_of
+from dora_lightning.offline.kept_answers import KeptAnswers, model_stamp
 from dora_lightning.offline.models import TextModel, load_model
 from dora_lightning.offline.shown import Shown
 from dora_lightning.terminal import say
-from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint, read_adapter_checkpoint
-from dora_lightning.training.checkpoint_files import load_checkpoint_file
+from dora_lightning.training.adapter_checkpoint import read_adapter_checkpoint
 from dora_lightning.training.merging import merge_to_folder
-from dora_lightning.vl_bart import VLBartParts, resolve_vl_bart
 
 CHAT, NONE = "chat", "none"
 
@@ -35,7 +34,7 @@ def merge(checkpoint: str, output: str, base: str | None = None, overwrite: bool
         overwrite: replace the output folder if it exists; only one that merging made, and that holds no other files.
     """
     adapter = read_adapter_checkpoint(checkpoint)
-    folder = merge_to_folder(_base_of(checkpoint, adapter, base), adapter, output, overwrite)
+    folder = merge_to_folder(base_of(checkpoint, adapter, base), adapter, output, overwrite)
     say(f"Merged model: {folder}")
 
 
@@ -72,7 +71,8 @@ def generate(
             images. An .npz has a video's, as published, and so has a folder whose features.json says "every".
         rows: rows that features are brought to: a grid is pooled, a video's are filled up with zeros or pooled over
             time. By default as published: 36 if an image has more, 64 for a video.
-        output: JSONL file for the answers to a file of prompts; standard output by default.
+        output: JSONL file for the answers to a file of prompts; standard output by default. Answers are kept in
+            {output}.unfinished as they come, and the same command goes on from them.
         template: "chat" for the tokenizer's chat template, "none" for the bare prompt, or a text with {prompt} in it.
             By default the chat template; the bare prompt for VL-BART, which has none.
         base: folder or hub id of an adapter's base model; by default where the run loaded it from.
@@ -87,12 +87,20 @@ def generate(
         raise ValueError(f"template must be 'chat', 'none' or a text that contains {{prompt}}, got {template!r}")
     shown = Shown(_listed(image), video, frames, every, _listed(features), rows)
     asked = [prompt] if prompt is not None else _read_prompts(Path(prompts)) if prompts is not None else None
-    loaded = load_model(model, base)
-    template = _template_for(loaded, template)
-    vision, picture = loaded.look_at(shown)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": temperature > 0}
     if temperature > 0:
         options["temperature"] = temperature
+    kept = None
+    if output is not None:
+        if asked is None or prompt is not None:
+            raise ValueError("output is for the answers to a file of prompts, and no prompts are given")
+        made_by = {"model": model, "files": model_stamp(model), "base": base, "template": template}
+        kept = KeptAnswers(Path(output), asked, made_by | {"shown": asdict(shown)} | options)
+    loaded = load_model(model, base)
+    template = _template_for(loaded, template)
+    vision, picture = loaded.look_at(shown)
 
     def answer(texts: Sequence[str]) -> list[str]:
         return loaded.answer(texts, vision, **options)
@@ -100,34 +108,20 @@ def generate(
     if asked is None:
         _chat(answer, loaded.tokenizer, template, picture)
         return
-    answers: list[str] = []
-    for start in range(0, len(asked), batch_size):
-        filled = [
-            _fill(template, [{"role": "user", "content": picture + text}], loaded.tokenizer)
-            for text in asked[start : start + batch_size]
-        ]
-        answers += answer(filled)
-    if prompt is not None:
-        print(answers[0].strip())
-        return
-    lines = "".join(
-        json.dumps({"prompt": p, "output": a}, ensure_ascii=False) + "\n" for p, a in zip(asked, answers, strict=True)
-    )
-    if output is None:
-        sys.stdout.write(lines)
-    else:
-        write_text_atomically(Path(output), lines)
-
-
-def _base_of(path: str, adapter: AdapterCheckpoint, base: str | None) -> str:
-    """The base to merge into. One that was put together from parts is so again where it is not there any more."""
-    recorded = str(adapter.base["name"])
-    if adapter.backbone not in (DoRALlava.__name__, DoRAVLBart.__name__) or (base is None and Path(recorded).is_dir()):
-        return base or recorded
-    source = base or load_checkpoint_file(path, mmap=True)["hyper_parameters"]["model_name_or_path"]
-    if adapter.backbone == DoRALlava.__name__:
-        return resolve_llava(LlavaParts(**source) if isinstance(source, dict) else source)
-    return resolve_vl_bart(VLBartParts(**source) if isinstance(source, dict) else source)
+    begun = len(kept.answers) if kept is not None else 0
+    for start in range(begun, len(asked), batch_size):
+        batch = asked[start : start + batch_size]
+        filled = [_fill(template, [{"role": "user", "content": picture + text}], loaded.tokenizer) for text in batch]
+        answers = answer(filled)
+        if prompt is not None:
+            print(answers[0].strip())
+        elif kept is not None:
+            kept.add(answers)
+        else:
+            for text, reply in zip(batch, answers, strict=True):
+                print(json.dumps({"prompt": text, "output": reply}, ensure_ascii=False), flush=True)
+    if kept is not None:
+        kept.finish()
 
 
 def _listed(files: list[str] | str | None) -> list[str]:
@@ -168,7 +162,7 @@ def _prompt_of(row: Any, place: str) -> str:
 
 def _fill(template: str, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
     if template == CHAT:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return apply_chat_template(tokenizer, messages, add_generation_prompt=True)
     text = messages[-1]["content"]
     return text if template == NONE else template.replace("{prompt}", text)
 

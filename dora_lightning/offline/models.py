@@ -11,10 +11,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_lightning.adapters import merge_adapters
-from dora_lightning.backbones import DoRALlama, DoRALlava, DoRAVLBart
+from dora_lightning.backbones import DoRALlava, DoRAVLBart
 from dora_lightning.backbones.causal_lm import generate_texts
 from dora_lightning.backbones.seq2seq import encode_prompts, generate_targets
 from dora_lightning.feature_rows import VIDEO_EVERY
+from dora_lightning.offline.checkpoints import load_backbone
 from dora_lightning.offline.shown import Shown
 from dora_lightning.open_clip_tower import scaled_pixels
 from dora_lightning.pretrained import (
@@ -26,7 +27,6 @@ from dora_lightning.pretrained import (
     resolve_pretrained,
 )
 from dora_lightning.processing import image_inputs, image_token_counts, load_processor, vision_sizes
-from dora_lightning.training.adapter_checkpoint import read_adapter_checkpoint
 from dora_lightning.vl_bart import VLBart, VLBartConfig, load_vl_bart, load_vl_bart_tokenizer
 from dora_lightning.vl_bart.inputs import pixel_inputs
 
@@ -191,10 +191,7 @@ def load_finished(model: str, base: str | None = None) -> tuple[PreTrainedModel,
 
 
 def _load_checkpoint(path: str, base: str | None) -> TextModel:
-    kinds = {kind.__name__: kind for kind in (DoRALlava, DoRAVLBart)}
-    kind = kinds.get(read_adapter_checkpoint(path).backbone, DoRALlama)
-    override: dict[str, Any] = {} if base is None else {"model_name_or_path": base}
-    backbone = kind.load_from_checkpoint(path, map_location="cpu", weights_only=True, **override)
+    backbone = load_backbone(path, base)
     network = backbone.language_model
     merge_adapters(network, unload=True)
     if isinstance(backbone, DoRALlava):
@@ -208,6 +205,6 @@ def _load_checkpoint(path: str, base: str | None) -> TextModel:
 
 def _model_type(name: str) -> str:
     try:
-        return str(AutoConfig.from_pretrained(resolve_pretrained(name)).model_type)
+        return str(AutoConfig.from_pretrained(resolve_pretrained(name), trust_remote_code=False).model_type)
     except OSError as error:
         raise not_loaded(name, "model", error) from error

@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 
 from dora_lightning.files import write_text_atomically
+from dora_lightning.files.growing import check_writable
 from dora_lightning.planning.planner import make_plan
 from dora_lightning.planning.report import as_json, report
 from dora_lightning.planning.settings import parse_command
@@ -27,6 +28,8 @@ def plan(cli: type[LightningCLI], args: list[str]) -> None:
         OSError: the model's config could not be loaded.
     """
     settings, options = parse_command(cli, args)
+    if options.json is not None:
+        check_writable(Path(options.json))
     made = make_plan(settings, options)
     Console().print(report(made), highlight=False)
     if options.json is not None:

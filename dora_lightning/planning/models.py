@@ -100,7 +100,7 @@ def planned_model(name: str, adapter: AdapterConfig, dtype: str = "auto", shape:
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
     chosen = (config.dtype or _PUBLISHED_DTYPE) if dtype == "auto" else getattr(torch, dtype)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=chosen)
+        model = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False)
     # what A and B start from is drawn from weights that are not there; their shapes are the same
     plain = replace(adapter, init="kaiming") if draws_from_weight(adapter.init) else adapter
     inject_adapters(model, plain)
@@ -119,7 +119,7 @@ def _config(name: str, shape: str | None) -> tuple[PreTrainedConfig, str]:
         return LlamaConfig(**SHAPES[shape]), shape
     source = resolve_pretrained(name)
     try:
-        return AutoConfig.from_pretrained(source), name
+        return AutoConfig.from_pretrained(source, trust_remote_code=False), name
     except OSError as error:
         raise OSError(
             f"{not_loaded(name, 'config', error)}\nOr name its shape: --shape, one of {', '.join(SHAPES)}"

@@ -8,7 +8,7 @@ plain containers and tensors only, so ``torch.load(weights_only=True)`` reads it
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class AdapterCheckpoint:
         tensors: name inside the adapted model -> trained tensor.
         backbone: name of the LightningModule's class.
         step: optimiser steps taken.
+        options: hyperparameters of the LightningModule, as it saved them.
     """
 
     config: AdapterConfig
@@ -42,6 +43,7 @@ class AdapterCheckpoint:
     tensors: dict[str, Tensor]
     backbone: str = ""
     step: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def write_adapter_entry(
@@ -114,7 +116,8 @@ def read_adapter_checkpoint(path: str | Path, mmap: bool = False) -> AdapterChec
     tensors = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     # one that was written before there were several says nothing
     config, backbone = AdapterConfig(**entry["adapter"]), entry.get("backbone", "")
-    return AdapterCheckpoint(config, entry["base"], tensors, backbone, checkpoint["global_step"])
+    options = checkpoint.get("hyper_parameters", {})
+    return AdapterCheckpoint(config, entry["base"], tensors, backbone, checkpoint["global_step"], options)
 
 
 def frozen_names(module: nn.Module) -> set[str]:

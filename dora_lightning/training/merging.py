@@ -31,6 +31,7 @@ from dora_lightning.files.folders import MARKER, tidy_folder
 from dora_lightning.pretrained import local_folder
 from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint
 from dora_lightning.training.base_identity import check_weight_of_base
+from dora_lightning.training.complete_adapter import check_complete
 from dora_lightning.training.stored_names import base_name
 
 SOURCE_FILE = "merged_from.json"
@@ -66,6 +67,7 @@ def merge_to_folder(
         OSError: the disk is full. Nothing is left behind in any case.
     """
     output = Path(output)
+    check_complete(adapter.config, adapter.tensors)
     source = local_folder(base)
     check_folder(output, overwrite, keep=[source])
     files = sorted(source.glob("*.safetensors"))

@@ -7,7 +7,7 @@ model that was published so.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from transformers import (
 
 from dora_lightning.model_cache import cache_folder, cached, digest, file_stamp, folder_stamps
 from dora_lightning.open_clip_tower import OpenClipVision, build_tower
-from dora_lightning.pretrained import not_loaded, resolve_pretrained
+from dora_lightning.pretrained import not_loaded, resolve_pretrained, resolve_recorded
 from dora_lightning.vl_bart.model import VLBart, VLBartConfig
 
 _EXTRA_TOKENS = 100  # that VL-T5 adds before those of object order
@@ -85,8 +85,13 @@ class VLBartParts:
         return asdict(self)
 
 
-def resolve_vl_bart(name: str | VLBartParts) -> str:
+def resolve_vl_bart(name: str | VLBartParts, recorded_in: str | Path | None = None) -> str:
     """Folder of a VL-BART; parts are put together in the cache, once, and so is a plain BART.
+
+    Args:
+        name: of the whole model, or its parts.
+        recorded_in: the file that says so, if it was not the user; nothing is fetched then, and weights of a vision
+            tower are not read.
 
     Raises:
         FileNotFoundError: a part is not there.
@@ -94,13 +99,14 @@ def resolve_vl_bart(name: str | VLBartParts) -> str:
         ValueError: it is no BART, or the parts do not fit together.
     """
     if isinstance(name, str):
+        name = name if recorded_in is None else resolve_recorded(name, recorded_in)
         if _config(name).model_type == VLBartConfig.model_type:
             return resolve_pretrained(name)
         name = VLBartParts(name)
-    key = digest(json.dumps(name.to_dict(), sort_keys=True), *_sources(name))
+    key = digest(json.dumps(name.to_dict(), sort_keys=True), *_sources(name, recorded_in is None))
     label = Path(name.language).name if isinstance(name.language, str) else "new"
     folder = cache_folder() / "vl-bart" / f"{label}-{key}"
-    parts = name
+    parts = name if recorded_in is None or folder.is_dir() else _recorded(name, recorded_in)
     return str(cached(folder, lambda made: _assemble(parts, made, folder)))
 
 
@@ -112,21 +118,23 @@ def load_vl_bart(name: str | VLBartParts, dtype: str = "auto", attn_implementati
         dtype: ``auto`` for the dtype the weights are stored in, or ``float32``, ``bfloat16``, ``float16``.
         attn_implementation: handed to ``transformers``.
     """
-    return VLBart.from_pretrained(resolve_vl_bart(name), dtype=dtype, attn_implementation=attn_implementation)
+    return VLBart.from_pretrained(
+        resolve_pretrained(resolve_vl_bart(name)), dtype=dtype, attn_implementation=attn_implementation
+    )
 
 
 def load_vl_bart_tokenizer(name: str | VLBartParts) -> PreTrainedTokenizerBase:
     """The tokenizer of a VL-BART; errors as for :func:`resolve_vl_bart`."""
     source = resolve_vl_bart(name)
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
         raise not_loaded(source, "tokenizer", error) from error
 
 
 def _config(name: str) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(resolve_pretrained(name))
+        config = AutoConfig.from_pretrained(resolve_pretrained(name), trust_remote_code=False)
     except OSError as error:
         raise not_loaded(name, "model", error) from error
     if config.model_type not in ("bart", VLBartConfig.model_type):
@@ -134,11 +142,27 @@ def _config(name: str) -> PreTrainedConfig:
     return config
 
 
-def _sources(parts: VLBartParts) -> list[str]:
+def _recorded(parts: VLBartParts, file: str | Path) -> VLBartParts:
+    """Parts that a file names, each by its folder on this machine."""
+    if parts.vision is not None and parts.vision.pretrained is not None:
+        # a tag is downloaded, and a file may be a TorchScript archive, which is a program
+        raise FileNotFoundError(
+            f"{file}: the model that it belongs to is not in the cache of this machine, and weights of a vision tower "
+            f"that a file names ({parts.vision.pretrained!r:.80}) are not read. Let a verb with the run's config put "
+            "it together (dora-lightning test --config ...), or pass its folder, with --base"
+        )
+    language = resolve_recorded(parts.language, file) if isinstance(parts.language, str) else parts.language
+    tokenizer = parts.tokenizer
+    if isinstance(tokenizer, str) and not _is_tokenizer_folder(tokenizer):
+        tokenizer = resolve_recorded(tokenizer, file)
+    return replace(parts, language=language, tokenizer=tokenizer)
+
+
+def _sources(parts: VLBartParts, fetch: bool) -> list[str]:
     """What the parts stand for now: a folder whose files were changed is another source."""
     sources: list[str] = []
-    language = resolve_pretrained(parts.language) if isinstance(parts.language, str) else None
-    tokenizer = _tokenizer_source(parts.tokenizer) if isinstance(parts.tokenizer, str) else None
+    language = resolve_pretrained(parts.language, fetch) if isinstance(parts.language, str) else None
+    tokenizer = _tokenizer_source(parts.tokenizer, fetch) if isinstance(parts.tokenizer, str) else None
     for name in (language, tokenizer):
         if name is not None and Path(name).is_dir():
             sources += folder_stamps(Path(name))
@@ -148,10 +172,13 @@ def _sources(parts: VLBartParts) -> list[str]:
     return sources
 
 
-def _tokenizer_source(name: str) -> str:
+def _tokenizer_source(name: str, fetch: bool = True) -> str:
+    return str(Path(name).expanduser()) if _is_tokenizer_folder(name) else resolve_pretrained(name, fetch)
+
+
+def _is_tokenizer_folder(name: str) -> bool:
     # a tokenizer that was saved alone has no config.json
-    folder = Path(name).expanduser()
-    return str(folder) if (folder / "tokenizer_config.json").is_file() else resolve_pretrained(name)
+    return (Path(name).expanduser() / "tokenizer_config.json").is_file()
 
 
 def _assemble(parts: VLBartParts, folder: Path, kept_as: Path) -> None:
@@ -192,13 +219,14 @@ def _bart(parts: VLBartParts) -> tuple[BartForConditionalGeneration, PreTrainedT
             raise ValueError(f"language: {parts.language} is a VL-BART already; give its name alone, without parts")
         source = resolve_pretrained(parts.language)
         try:
-            return BartForConditionalGeneration.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            return BartForConditionalGeneration.from_pretrained(source), tokenizer
         except OSError as error:
             raise not_loaded(parts.language, "model", error) from error
     assert parts.tokenizer is not None
     if isinstance(parts.tokenizer, str):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(parts.tokenizer))
+            tokenizer = AutoTokenizer.from_pretrained(_tokenizer_source(parts.tokenizer), trust_remote_code=False)
         except OSError as error:
             raise not_loaded(parts.tokenizer, "tokenizer", error) from error
     else:

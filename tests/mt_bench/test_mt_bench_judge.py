@@ -2,6 +2,7 @@
 
 import json
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,7 +14,7 @@ from tiny import RunCLI
 
 from dora_lightning.mt_bench import judge_answers, read_answers, read_judgments, read_questions, score_table, scores
 from dora_lightning.mt_bench.judge import OWN_PROMPTS, read_prompts, read_rating
-from dora_lightning.mt_bench.judge_client import chat_client
+from dora_lightning.mt_bench.judge_client import chat_client, key_for
 
 Reply = tuple[int, Any]
 
@@ -25,6 +26,7 @@ class FakeJudge:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.reply: Callable[[dict[str, Any]], Reply] = lambda request: says("Fine. Rating: [[7]]")
+        self.location = ""
         judge = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -37,6 +39,8 @@ class FakeJudge:
                 data = body if isinstance(body, bytes) else json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
+                if judge.location:
+                    self.send_header("Location", judge.location)
                 self.end_headers()
                 self.wfile.write(data)
 
@@ -102,6 +106,10 @@ def references(tmp_path: Path) -> str:
         ("Rating: [6]", 6),
         ("Rating: 6", -1),
         ("Rating: [[six]]", -1),
+        ("Rating: [[100]]", -1),
+        ("Rating: [[10.5]]", -1),
+        ("Rating: [[0]]", -1),
+        ("Rating: [[1]]", 1),
         ("", -1),
     ],
 )
@@ -125,7 +133,7 @@ def test_judgments_in_fastchats_format(
     assert judge_all(judge, questions, answers, references, file) == 12
     rows = read_lines_of(file)
     numbers = [row["question_id"] for row in QUESTIONS]
-    assert [(row["turn"], row["question_id"]) for row in rows] == [(t, n) for t in (1, 2) for n in numbers]
+    assert sorted((row["turn"], row["question_id"]) for row in rows) == [(t, n) for t in (1, 2) for n in numbers]
     for row in rows:
         assert set(row) == {
             "question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"
@@ -154,27 +162,65 @@ def test_judgments_in_fastchats_format(
     assert {request["messages"][1]["content"] for request in judge.requests} == {row["user_prompt"] for row in rows}
 
 
-def test_a_killed_run_goes_on_and_other_models_stay(
-    judge: FakeJudge, questions: str, answers: str, references: str, tmp_path: Path
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_refused_request_drops_no_other_judgment(
+    judge: FakeJudge, questions: str, answers: str, references: str, tmp_path: Path, workers: int
 ) -> None:
     other = {"question_id": 81, "model": "other", "judge": ["gpt-fake", "dora-single"], "turn": 1, "score": 3}
     file = Path(write_lines(tmp_path / "judgments.jsonl", [other]))
 
     def reply(request: dict[str, Any]) -> Reply:
-        if len(judge.requests) == 5:
-            return 400, {"error": "quota"}
-        return says("[[7]]")
+        refused = "what is it?" in request["messages"][1]["content"] and "message 1" not in str(request)
+        return (400, {"error": "filtered"}) if refused else says("[[7]]")
 
     judge.reply = reply
-    with pytest.raises(OSError, match=r"refused the request: 400 Bad Request: .*quota"):
-        judge_all(judge, questions, answers, references, file, workers=1)
-    assert len(read_lines_of(file)) == 1 + 4
+    message = (
+        r"^1 of 12 turns have no judgment yet \(question 91, turn 1: .* refused the request: 400 Bad Request: "
+        r".*filtered.*\)\. 11 new ones are kept in .*judgments\.jsonl; the same command goes on from there$"
+    )
+    with pytest.raises(OSError, match=message):
+        judge_all(judge, questions, answers, references, file, workers=workers)
+    assert len(judge.requests) == 12
+    assert len(read_lines_of(file)) == 1 + 11
+    with open(file, "a") as cut:
+        cut.write('{"question_id": 91, "mod')  # of a process that was killed as it wrote
     judge.reply = lambda request: says("[[8]]")
-    assert judge_all(judge, questions, answers, references, file, workers=3) == 8
+    assert judge_all(judge, questions, answers, references, file, workers=3) == 1
     rows = read_lines_of(file)
     assert other in rows
-    assert sorted(row["score"] for row in rows) == [3, *[7] * 4, *[8] * 8]
+    assert sorted(row["score"] for row in rows) == [3, *[7] * 11, 8]
     assert judge_all(judge, questions, answers, references, file) == 0
+
+
+def test_a_judge_that_refuses_everything_is_not_asked_on(
+    judge: FakeJudge, questions: str, answers: str, references: str, tmp_path: Path
+) -> None:
+    judge.reply = lambda request: (401, {"error": "no such key"})
+    with pytest.raises(OSError, match=r"^12 of 12 turns have no judgment yet .*; and \d more\)\. 0 new ones"):
+        judge_all(judge, questions, answers, references, tmp_path / "j.jsonl", workers=1)
+    assert len(judge.requests) < 8
+
+
+def test_an_interrupted_run_keeps_what_was_asked_for(
+    judge: FakeJudge, questions: str, answers: str, references: str, tmp_path: Path
+) -> None:
+    def stop(done: int, count: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judge_all(judge, questions, answers, references, tmp_path / "j.jsonl", workers=4, report=stop)
+    assert len(read_lines_of(tmp_path / "j.jsonl")) == len(judge.requests) > 0
+
+
+def test_a_file_that_cannot_be_written_is_found_before_the_judge_is_asked(
+    judge: FakeJudge, questions: str, answers: str, references: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file" / "j.jsonl"):
+        with pytest.raises(OSError, match=rf"{place} (is a folder|cannot be written)"):
+            judge_all(judge, questions, answers, references, place)
+    assert judge.requests == []
 
 
 def test_fastchats_prompts(judge: FakeJudge, questions: str, answers: str, references: str, tmp_path: Path) -> None:
@@ -249,6 +295,65 @@ def test_a_judge_that_is_not_there_or_no_judge(judge: FakeJudge) -> None:
         chat_client("http://127.0.0.1:9/v1", "m", wait=0.01, attempts=2)("s", "u")
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_key_goes_nowhere_but_to_its_address(judge: FakeJudge, status: int) -> None:
+    other = FakeJudge()
+    judge.location = f"{other.api}/chat/completions"
+    judge.reply = lambda request: (status, {})
+    with pytest.raises(OSError, match=rf"sends the request elsewhere, which is not followed: {status}"):
+        chat_client(judge.api, "m", key="sk-secret", attempts=1)("s", "u")
+    assert other.headers == []
+    other.close()
+
+
+@pytest.mark.parametrize("status", [200, 400, 503])
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_key_that_is_echoed_is_not_shown(judge: FakeJudge, status: int, chat: bool) -> None:
+    def reply(request: dict[str, Any]) -> Reply:
+        echo = f"you sent {judge.headers[-1]['Authorization']}"
+        return (status, says(echo)[1] if chat else {"error": echo})
+
+    judge.reply = reply
+    ask = chat_client(judge.api, "m", key="sk-secret", attempts=1)
+    if status == 200 and chat:
+        assert ask("s", "u") == "you sent Bearer (key)"
+        return
+    with pytest.raises((OSError, ValueError)) as caught:
+        ask("s", "u")
+    assert "you sent Bearer (key)" in str(caught.value)
+    assert "sk-secret" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_where_a_key_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setenv("OWN_KEY", "own\n")
+    assert key_for("https://api.openai.com/v1", None) == "sk-secret"
+    for api in ("http://localhost:8000/v1", "https://api.openai.com.evil.org/v1", "https://evil.org/api.openai.com"):
+        assert key_for(api, None) is None
+        assert key_for(api, "OWN_KEY") == "own"
+    for api in ("https://api.openai.com@evil.org/v1", "https://me:pass@evil.org"):
+        with pytest.raises(ValueError, match="api holds a user's name or password"):
+            key_for(api, None)
+    for variable in ("NO_KEY", "BAD_KEY"):
+        monkeypatch.setenv("BAD_KEY", "sk-secret\nX: y")
+        with pytest.raises(ValueError, match=f"{variable}") as caught:
+            key_for("https://api.openai.com/v1", variable)
+        assert "secret" not in str(caught.value)
+    for api in ("http://api.openai.com/v1", "http://10.0.0.3:8000/v1"):
+        with pytest.raises(ValueError, match="is not encrypted, and a key is sent over https alone"):
+            chat_client(api, "m", key="own")
+        chat_client(api, "m")
+    for api in ("http://127.0.0.1:8000/v1", "http://localhost/v1", "http://[::1]:80/v1", "https://evil.org"):
+        chat_client(api, "m", key="own")
+
+
+def test_a_key_for_this_machine_goes_through_no_proxy(judge: FakeJudge, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert chat_client(judge.api, "m", key="own", attempts=1)("s", "u") == "Fine. Rating: [[7]]"
+
+
 def test_fields_of_the_request_can_be_changed(judge: FakeJudge) -> None:
     chat_client(judge.api, "m", request={"max_tokens": None, "max_completion_tokens": 9})("s", "u")
     assert {"model", "temperature", "max_completion_tokens", "messages"} == set(judge.requests[0])
@@ -279,6 +384,12 @@ def test_means_worked_by_hand(questions: str, tmp_path: Path) -> None:
     assert [str(cell) for cell in table.columns[2].cells][:3] == ["6.00", "6.00", "6.00"]
     with pytest.raises(ValueError, match="on question 999, which is unknown"):
         scores([judgment("a", 999, 1, 8)], read_questions(questions))
+
+
+def test_scores_out_of_range_count_as_none(tmp_path: Path) -> None:
+    rows = [judgment("a", 81, 1, score) for score in (100,)] + [judgment("a", 81, 2, 4), judgment("a", 91, 1, 0)]
+    (result,) = scores(read_judgments([write_lines(tmp_path / "j.jsonl", rows)]))
+    assert (result.mean, result.rated, result.unrated) == (4, 1, 2)
 
 
 @pytest.mark.parametrize("change", [{"score": "8"}, {"score": None}, {"turn": "1"}, {"model": 3}])

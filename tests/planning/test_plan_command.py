@@ -8,6 +8,7 @@ import pytest
 import yaml
 from tiny import MakeLlama, RunCLI
 
+from dora_lightning.planning import command
 from dora_lightning.planning.devices import DEVICES, device_named
 from dora_lightning.planning.planner import largest
 
@@ -145,6 +146,14 @@ def test_samples_are_counted_in_the_file(plan: Any, tiny_llama: Path, tmp_path: 
     rows.write_text('{"instruction": "a", "output": "b"}\n' * 12)
     config = tiny(tiny_llama, tmp_path, data__init_args__hub=None, data__init_args__train_file=str(rows))
     assert plan("--config", config, "--data.init_args.val_size", 2)["samples"] == 10
+
+
+def test_a_file_that_cannot_be_written_is_found_first(
+    run_cli: RunCLI, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "make_plan", lambda *_: pytest.fail("the work has begun"))
+    with pytest.raises(SystemExit, match="is a folder; name a file to write"):
+        run_cli("plan", "--config", tiny(tiny_llama, tmp_path), "--json", tmp_path)
 
 
 def test_preference_tuning_reads_two_sequences(plan: Any, tiny_llama: Path, tmp_path: Path) -> None:
