@@ -19,6 +19,7 @@ from dora_lightning.training.base_identity import base_identity
 from dora_lightning.training.merging import merge_to_folder
 from dora_lightning.training.sharded_checkpoint import whole_tensor
 from dora_lightning.training.stored_names import base_name_or_path
+from dora_lightning.training.trained_inputs import inputs_of
 
 WHEN = ("checkpoint", "best", "last", "fit_end")
 SOURCE_FILE = "merged_from.json"
@@ -110,7 +111,7 @@ class MergeOnSave(Callback):
         if trainer.is_global_zero:
             config = cast(AdapterConfig, model.adapter_config)
             base = self.base or _loaded_from(pl_module, model)
-            adapter = AdapterCheckpoint(config, base_identity(model, base), tensors)
+            adapter = AdapterCheckpoint(config, base_identity(model, base), tensors, inputs=inputs_of(trainer))
             folder = Path(self.dirpath) if self.dirpath else root / "merged"
             merge_to_folder(base, adapter, folder, overwrite=True)
             rank_zero_info(f"Merged model: {folder}")

@@ -8,7 +8,7 @@ plain containers and tensors only, so ``torch.load(weights_only=True)`` reads it
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class AdapterCheckpoint:
         tensors: name inside the adapted model -> trained tensor.
         backbone: name of the LightningModule's class.
         step: optimiser steps taken.
+        inputs: how the model's inputs were made, see :mod:`dora_lightning.training.trained_inputs`; empty if unknown.
     """
 
     config: AdapterConfig
@@ -42,6 +43,7 @@ class AdapterCheckpoint:
     tensors: dict[str, Tensor]
     backbone: str = ""
     step: int = 0
+    inputs: dict[str, Any] = field(default_factory=dict)
 
 
 def write_adapter_entry(
@@ -120,8 +122,8 @@ def read_adapter_checkpoint(path: str | Path, mmap: bool = False) -> AdapterChec
     prefix = entry["prefix"]
     tensors = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     # one that was written before there were several says nothing
-    config, backbone = AdapterConfig(**entry["adapter"]), entry.get("backbone", "")
-    return AdapterCheckpoint(config, entry["base"], tensors, backbone, checkpoint["global_step"])
+    config, backbone, inputs = AdapterConfig(**entry["adapter"]), entry.get("backbone", ""), entry.get("inputs", {})
+    return AdapterCheckpoint(config, entry["base"], tensors, backbone, checkpoint["global_step"], inputs)
 
 
 def frozen_names(module: nn.Module) -> set[str]:

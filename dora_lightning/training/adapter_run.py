@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import nn
 
@@ -23,6 +23,7 @@ from dora_lightning.training.random_state import gather_random_states, restore_r
 from dora_lightning.training.report import summary_table
 from dora_lightning.training.resume import apply_overrides, configured_options
 from dora_lightning.training.streaming import stream_weights
+from dora_lightning.training.trained_inputs import differences, inputs_of
 
 
 class AdapterRun:
@@ -70,6 +71,7 @@ class AdapterRun:
         """Keep what trains, and say what base it belongs to."""
         prefix, config = _adapted(pl_module)
         write_adapter_entry(checkpoint, pl_module, config, self._base, prefix)
+        checkpoint[KEY]["inputs"] = inputs_of(pl_module._trainer)
         checkpoint[KEY]["optimizer_options"] = self._configured
         checkpoint[KEY]["random_states"] = gather_random_states()
 
@@ -80,6 +82,8 @@ class AdapterRun:
         if "averaging_state" in checkpoint:
             add_frozen(checkpoint, pl_module)  # WeightAveraging loads both of its models strictly
         trainer = pl_module._trainer
+        for difference in differences(checkpoint[KEY].get("inputs", {}), inputs_of(trainer)):
+            rank_zero_warn(f"The checkpoint's model reads other inputs now: {difference}")
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             self._restored = checkpoint[KEY].get("optimizer_options", [])
             self._random_states = checkpoint[KEY].get("random_states", [])

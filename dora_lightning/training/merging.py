@@ -31,6 +31,7 @@ from dora_lightning.pretrained import local_folder
 from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint
 from dora_lightning.training.base_identity import check_weight_of_base
 from dora_lightning.training.stored_names import base_name
+from dora_lightning.training.trained_inputs import INPUTS_FILE
 
 # tensors of an adapter by the last part of their names; anything else replaces the base's tensor of its name
 _PARTS = ("magnitude", "lora_A", "lora_B", "init_A", "init_B", "lambda_d", "lambda_b")
@@ -95,7 +96,8 @@ def merge_to_folder(
                 shutil.copyfile(file, partial / file.name)
         for file in files:
             _merge_file(file, partial / file.name, adapter, updates, base)
-        for name, text in (notes or {}).items():
+        inputs = {INPUTS_FILE: json.dumps(adapter.inputs, indent=2) + "\n"} if adapter.inputs else {}
+        for name, text in (inputs | dict(notes or {})).items():
             (partial / name).write_text(text, encoding="utf-8")
         partial.chmod(0o755)
         _replace(partial, output)
