@@ -33,6 +33,7 @@ from dora_lightning.processing import (
     published_aspect_ratio,
     vision_sizes,
 )
+from dora_lightning.terminal import say
 from dora_lightning.training.adapter_checkpoint import read_adapter_checkpoint
 from dora_lightning.training.trained_inputs import read_inputs
 from dora_lightning.videos import video_info
@@ -92,7 +93,7 @@ class TextModel:
 
     def say(self, note: str) -> None:
         """Tell the user something about this model, beside its answers."""
-        Console(stderr=True).print(f"{self.name}: {note}", markup=False, highlight=False, soft_wrap=True)
+        say(f"{self.name}: {note}", Console(stderr=True))
 
     def answer(self, texts: Sequence[str], vision: Vision, **options: Any) -> list[str]:
         """A continuation of each text, all of them about the same; ``options`` as in ``generate`` of transformers."""
