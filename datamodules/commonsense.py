@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from datamodules.commonsense_hub import load_hub_split
 from datamodules.commonsense_rows import (
@@ -137,6 +137,10 @@ class CommonsenseDataModule(TextDataModule):
                 load_hub_split(task, "train", self.hub_ids.get(task))
         for task in self.test_tasks:
             load_hub_split(task, "test", self.hub_ids.get(task))
+
+    def trained_inputs(self) -> dict[str, Any]:
+        """See :mod:`dora_lightning.training.trained_inputs`."""
+        return {"prompt": self.template.eval_prompt("{prompt}")}
 
     def build_samples(self, stage: Stage) -> list[Sample]:
         """The samples of a stage; training and validation are two parts of the training rows.

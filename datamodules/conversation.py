@@ -148,6 +148,11 @@ class TokenizerTemplate:
         return apply_chat_template(self.tokenizer, messages, add_generation_prompt)
 
 
+def prompt_form(template: ConversationTemplate | TokenizerTemplate) -> str:
+    """What is around one question, ``{prompt}``, up to where its answer begins."""
+    return template.sample_text([("{prompt}", None)]).prompt
+
+
 _VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."

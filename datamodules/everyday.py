@@ -1,5 +1,7 @@
 """Everyday questions that the project writes itself, for the quickstart: a few hundred, held-out things in the test."""
 
+from typing import Any
+
 from datamodules.everyday_questions import everyday_questions
 from datamodules.loading import Stage
 from datamodules.templates import get_template
@@ -42,6 +44,10 @@ class EverydayDataModule(TextDataModule):
         self.train_size = train_size
         self.test_size = test_size
         self.template = get_template(template)
+
+    def trained_inputs(self) -> dict[str, Any]:
+        """See :mod:`dora_lightning.training.trained_inputs`."""
+        return {"prompt": self.template.eval_prompt("{prompt}")}
 
     def build_samples(self, stage: Stage) -> list[Sample]:
         """Questions of one split; validation and test are the same held-out questions."""

@@ -10,6 +10,7 @@ from datamodules.conversation import (
     ConversationTemplate,
     TokenizerTemplate,
     get_conversation_template,
+    prompt_form,
 )
 from datamodules.hub import load_hub_rows
 from datamodules.loading import Stage
@@ -104,6 +105,14 @@ class InstructionDataModule(TextDataModule):
         self.limit_train = limit_train
         self.template_name = template
         self._split: tuple[list[Sample], list[Sample]] | None = None
+
+    def trained_inputs(self) -> dict[str, Any]:
+        """See :mod:`dora_lightning.training.trained_inputs`."""
+        if self.template_name in TEMPLATES:
+            return {"prompt": TEMPLATES[self.template_name].eval_prompt("{prompt}")}
+        if self.tokenizer is None:
+            return {}
+        return {"prompt": prompt_form(get_conversation_template(self.template_name, self.tokenizer))}
 
     def prepare_data(self) -> None:
         """Download the data set of the hub, on one process."""

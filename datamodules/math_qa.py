@@ -1,5 +1,7 @@
 """Math word problems with worked solutions: Orca-Math, split as QDoRA's evaluation splits it."""
 
+from typing import Any
+
 from datamodules.hub import load_hub_rows
 from datamodules.instructions import check_files, check_sources
 from datamodules.loading import Stage
@@ -91,6 +93,10 @@ class MathQADataModule(TextDataModule):
         self.test_size = test_size
         self.val_size = val_size
         self._splits: dict[Stage, list[Sample]] | None = None
+
+    def trained_inputs(self) -> dict[str, Any]:
+        """See :mod:`dora_lightning.training.trained_inputs`."""
+        return {"prompt": _PROMPT.format(question="{prompt}")}
 
     def prepare_data(self) -> None:
         """Download the data set of the hub, on one process."""

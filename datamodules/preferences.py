@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from datamodules.conversation import ConversationTemplate, TokenizerTemplate, get_conversation_template
+from datamodules.conversation import ConversationTemplate, TokenizerTemplate, get_conversation_template, prompt_form
 from datamodules.encoding import Collator, EncodedSample, encode_samples
 from datamodules.hub import load_hub_rows
 from datamodules.instructions import check_files, check_sources, check_template
@@ -128,6 +128,14 @@ class PreferenceDataModule(TextDataModule):
         self.template_name = template
         self._template: ConversationTemplate | TokenizerTemplate | None = None
         self._split: tuple[list[Sample], list[Sample]] | None = None
+
+    def trained_inputs(self) -> dict[str, Any]:
+        """See :mod:`dora_lightning.training.trained_inputs`."""
+        if self.template_name == _NONE:
+            return {"prompt": "{prompt}"}
+        if self.template_name in TEMPLATES:
+            return {"prompt": TEMPLATES[self.template_name].train_prompt("{prompt}")}
+        return {} if self._template is None else {"prompt": prompt_form(self._template)}
 
     def prepare_data(self) -> None:
         """Download the data set of the hub, on one process."""

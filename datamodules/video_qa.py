@@ -4,7 +4,7 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from datamodules.image_checks import report_skipped
 from datamodules.loading import Stage
@@ -128,6 +128,10 @@ class VideoQADataModule(VisionDataModule):
         self.limit_train = limit_train
         self.limit_eval = limit_eval
         self._durations: dict[Path, float | ValueError] = {}
+
+    def trained_inputs(self) -> dict[str, Any]:
+        """See :mod:`dora_lightning.training.trained_inputs`."""
+        return super().trained_inputs() | {"frames": self.frames}
 
     def build_samples(self, stage: Stage) -> list[Sample]:
         """The questions of a split, set by set in the order of their files; training and validation have those whose

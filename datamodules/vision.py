@@ -1,6 +1,6 @@
 """The base of the datamodules with images: text is encoded once, images are opened and processed batch by batch."""
 
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from PIL import Image
@@ -11,6 +11,7 @@ from datamodules.conversation import (
     TokenizerTemplate,
     check_conversation_template,
     get_conversation_template,
+    prompt_form,
 )
 from datamodules.encoding import Collator, EncodedSample, encode_samples
 from datamodules.image_checks import report_skipped, sample_name, usable_samples
@@ -20,9 +21,7 @@ from datamodules.text import TextDataModule
 from dora_lightning.data import IGNORE, Sample
 from dora_lightning.images import IMAGE, open_image, pad_to_square
 from dora_lightning.llava_parts import LlavaParts
-from dora_lightning.processing import image_token_counts, load_processor, mean_colour
-
-AspectRatio: TypeAlias = Literal["pad", "plain"]
+from dora_lightning.processing import AspectRatio, image_token_counts, load_processor, mean_colour
 
 
 class VisionDataModule(TextDataModule):
@@ -99,6 +98,11 @@ class VisionDataModule(TextDataModule):
         """The conversation template, from :meth:`setup` on; :meth:`build_samples` makes its texts with it."""
         self.processor: Any = None
         """The model's processor, likewise."""
+
+    def trained_inputs(self) -> dict[str, Any]:
+        """See :mod:`dora_lightning.training.trained_inputs`."""
+        images = {"image_aspect_ratio": self.image_aspect_ratio, "exif_rotation": self.exif_rotation}
+        return images if self.template is None else images | {"prompt": prompt_form(self.template)}
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The processor's tokenizer; the template is checked against it.

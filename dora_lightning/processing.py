@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
+from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
-from dora_lightning.images import open_image, pad_to_square
+from dora_lightning.images import pad_to_square
 from dora_lightning.llava_parts import LlavaParts, resolve_llava
 from dora_lightning.pretrained import give_padding_token, not_loaded
+
+AspectRatio: TypeAlias = Literal["pad", "plain"]
 
 
 def load_processor(name: str | LlavaParts) -> Any:
@@ -65,14 +68,20 @@ def mean_colour(image_processor: Any) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def image_inputs(processor: Any, source: Any) -> BatchFeature:
-    """What the model reads of one image, squared first unless the model takes any shape, as LLaVA-1.5 and NeXT do.
+def published_aspect_ratio(processor: Any) -> AspectRatio:
+    """How images were shown to LLaVA-1.5, squared, and to LLaVA-NeXT, which takes any shape, in their training."""
+    return "plain" if hasattr(processor.image_processor, "image_grid_pinpoints") else "pad"
+
+
+def image_inputs(processor: Any, image: Image.Image, image_aspect_ratio: AspectRatio) -> BatchFeature:
+    """What the model reads of one image.
 
     Args:
         processor: as :func:`load_processor` gives it.
-        source: see :mod:`dora_lightning.images`.
+        image: RGB.
+        image_aspect_ratio: ``pad`` puts it in the middle of a square in the mean color, ``plain`` leaves it to the
+            image processor.
     """
-    image = open_image(source)
-    if not hasattr(processor.image_processor, "image_grid_pinpoints"):
+    if image_aspect_ratio == "pad":
         image = pad_to_square(image, mean_colour(processor.image_processor))
     return processor.image_processor(images=[image], return_tensors="pt")

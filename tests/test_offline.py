@@ -166,7 +166,7 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(
     (tmp_path / "folder" / "analysis.json").mkdir(parents=True)
     (tmp_path / "file").touch()
     (tmp_path / "p.txt").write_text("hot")
-    for module, name in ((commands, "load_model"), (mt_bench_commands, "load_finished"), (analyzing, "collect")):
+    for module, name in ((commands, "load_model"), (mt_bench_commands, "load_language_model"), (analyzing, "collect")):
         monkeypatch.setattr(module, name, late)
     for name in ("read_judgments", "read_questions"):
         monkeypatch.setattr(mt_bench_commands, name, late if name == "read_judgments" else lambda _: [])

@@ -128,6 +128,18 @@ def test_a_video_is_asked_about(
     assert written == by_transformers(tmp_path / "merged", read_frames(video, times), 10)
 
 
+def test_more_frames_than_the_model_reads_are_refused_undecoded(
+    checkpoint: str, video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dora_lightning.offline.shown.read_frames", None)
+    with pytest.raises(
+        ValueError, match=r"100000 frames of .*clip.mp4 take \d+ tokens each, and .*adapter.ckpt reads at most 512"
+    ):
+        generate(checkpoint, prompt="is it hot?", video=str(video), frames=100_000)
+    with pytest.raises(ValueError, match="count must be from 1 to 100000 frames of a video, found 10000000"):
+        generate(checkpoint, prompt="is it hot?", video=str(video), frames=10_000_000)
+
+
 @pytest.mark.parametrize("template", ["none", "chat"])
 def test_in_a_chat_the_image_stands_once_in_each_text(
     checkpoint: str, image: Path, monkeypatch: pytest.MonkeyPatch, template: str

@@ -75,6 +75,15 @@ class AskedDataModule(SampledDataModule):
     def visuals(self) -> Mapping[str, Visuals]:
         """Source of rows -> what opens what they look at."""
 
+    def trained_inputs(self) -> dict[str, Any]:
+        """See :mod:`dora_lightning.training.trained_inputs`."""
+        if self._visuals is None:
+            return {}
+        said = [visuals.trained_inputs() for visuals in self._visuals.values()]
+        # of several tasks, what all say that say anything of it
+        named = {name: [one[name] for one in said if name in one] for one in said for name in one}
+        return {name: values[0] for name, values in named.items() if values.count(values[0]) == len(values)}
+
     def batch_sizes(self) -> Mapping[str, int]:
         """Source of rows -> its batch size, where it is another than :attr:`batch_size`."""
         return {}

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -81,6 +82,15 @@ class Visuals:
         """Whether features were computed before."""
         return self.files.features is not None
 
+    def trained_inputs(self) -> dict[str, Any]:
+        """See :mod:`dora_lightning.training.trained_inputs`."""
+        files = self.files
+        if self.from_features:
+            return {"video_rows": files.video_rows} if self.of_videos else {"grid_rows": files.grid_rows}
+        if not self.of_videos:
+            return {"exif_rotation": files.exif_rotation}
+        return {"frames": files.frames, "every": self._every}
+
     def check(self, name: str, decode: bool) -> None:
         """See whether what an id stands for can be read.
 
@@ -139,14 +149,16 @@ class Visuals:
             raise ValueError(f"no {kind} {name!r} in {folder}")
         return self._paths[name]
 
+    @property
+    def _every(self) -> float | None:
+        """Seconds between a video's frames, unless their number is said."""
+        return VIDEO_EVERY if self.files.every is None and self.files.frames is None else self.files.every
+
     def _open(self, name: str) -> list[Image.Image]:
         path = self.path(name)
         if not self.of_videos:
             return [open_image(path, self.files.exif_rotation)]
-        every, frames = self.files.every, self.files.frames
-        if every is None and frames is None:
-            every = VIDEO_EVERY
-        times = sample_times((0.0, video_info(path).duration), every=every, count=frames)
+        times = sample_times((0.0, video_info(path).duration), every=self._every, count=self.files.frames)
         return read_frames(path, times)
 
     @cached_property

@@ -23,6 +23,7 @@ from dora_lightning.training.first_process import first_process_works
 from dora_lightning.training.merging import SOURCE_FILE, merge_to_folder
 from dora_lightning.training.sharded_checkpoint import whole_tensor
 from dora_lightning.training.stored_names import base_name_or_path
+from dora_lightning.training.trained_inputs import inputs_of
 
 WHEN = ("checkpoint", "best", "last", "fit_end")
 
@@ -154,7 +155,7 @@ class MergeOnSave(Callback):
             if works:
                 config = cast(AdapterConfig, model.adapter_config)
                 base = self.base or _loaded_from(pl_module, model)
-                adapter = AdapterCheckpoint(config, base_identity(model, base), tensors)
+                adapter = AdapterCheckpoint(config, base_identity(model, base), tensors, inputs=inputs_of(trainer))
                 merge_to_folder(base, adapter, folder, overwrite=True)
                 rank_zero_info(f"Merged model: {folder}")
 

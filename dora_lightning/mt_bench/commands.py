@@ -12,13 +12,14 @@ from rich.console import Console
 from dora_lightning.backbones.causal_lm import generate_texts
 from dora_lightning.files import write_text_atomically
 from dora_lightning.files.growing import check_writable
-from dora_lightning.mt_bench.answers import CHAT, answer_questions
+from dora_lightning.mt_bench.answers import CHAT, answer_questions, dialogue_prompt
 from dora_lightning.mt_bench.judge import OWN_PROMPTS, judge_answers, read_prompts
 from dora_lightning.mt_bench.judge_client import chat_client, key_for
 from dora_lightning.mt_bench.questions import read_answers, read_questions
 from dora_lightning.mt_bench.scores import read_judgments, score_table, scores
-from dora_lightning.offline import load_finished
+from dora_lightning.offline.models import load_language_model
 from dora_lightning.terminal import say
+from dora_lightning.training.trained_inputs import differences
 
 
 def mt_bench(
@@ -50,7 +51,12 @@ def mt_bench(
     name = model_id or _model_id(model)
     file = Path(output) / f"{name}.jsonl"
     check_writable(file)
-    network, tokenizer = load_finished(model, base)
+    loaded = load_language_model(model, base)
+    network, tokenizer = loaded.network, loaded.tokenizer
+    if "prompt" in loaded.trained:
+        form = dialogue_prompt(template, ["{prompt}"], [], tokenizer)
+        for line in differences(loaded.trained, {"prompt": form}):
+            loaded.say(line)
 
     def answer(prompts: Sequence[str], **options: Any) -> list[str]:
         return generate_texts(network, tokenizer, prompts, **options)

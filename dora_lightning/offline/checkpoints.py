@@ -62,8 +62,8 @@ def base_of(path: str, adapter: AdapterCheckpoint, base: str | None) -> str:
     return resolve(parts, path)
 
 
-def load_backbone(path: str, base: str | None) -> Backbone:
-    """The backbone of a checkpoint with its trained weights, on the CPU.
+def load_backbone(path: str, base: str | None) -> tuple[Backbone, dict[str, Any]]:
+    """The backbone of a checkpoint with its trained weights, on the CPU, and how the model's inputs were made.
 
     Args:
         path: the checkpoint file.
@@ -100,4 +100,4 @@ def load_backbone(path: str, base: str | None) -> Backbone:
     checkpoint = load_checkpoint_file(path)
     backbone.on_load_checkpoint(checkpoint)
     backbone.load_state_dict(checkpoint["state_dict"], strict=False)  # on_load_checkpoint has compared the names
-    return backbone
+    return backbone, adapter.inputs

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -20,8 +20,10 @@ from dora_lightning.offline.shown import Shown
 from dora_lightning.terminal import say
 from dora_lightning.training.adapter_checkpoint import read_adapter_checkpoint
 from dora_lightning.training.merging import merge_to_folder
+from dora_lightning.training.trained_inputs import differences
 
 CHAT, NONE = "chat", "none"
+_FORM = [{"role": "user", "content": "{prompt}"}]
 
 
 def merge(checkpoint: str, output: str, base: str | None = None, overwrite: bool = False) -> None:
@@ -48,6 +50,8 @@ def generate(
     every: float | None = None,
     features: list[str] | str | None = None,
     rows: int | None = None,
+    image_aspect_ratio: Literal["pad", "plain"] | None = None,
+    exif_rotation: bool | None = None,
     output: str | None = None,
     template: str | None = None,
     base: str | None = None,
@@ -71,10 +75,15 @@ def generate(
             images. An .npz has a video's, as published, and so has a folder whose features.json says "every".
         rows: rows that features are brought to: a grid is pooled, a video's are filled up with zeros or pooled over
             time. By default as published: 36 if an image has more, 64 for a video.
+        image_aspect_ratio: pad puts images in the middle of a square, plain leaves them to the model's image processor.
+            By default as the model was trained; where nothing tells, pad for LLaVA-1.5 and plain for LLaVA-NeXT.
+        exif_rotation: turn photos upright as their EXIF data say. By default as the model was trained; where nothing
+            tells, false, as published.
         output: JSONL file for the answers to a file of prompts; standard output by default. Answers are kept in
             {output}.unfinished as they come, and the same command goes on from them.
         template: "chat" for the tokenizer's chat template, "none" for the bare prompt, or a text with {prompt} in it.
-            By default the chat template; the bare prompt for VL-BART, which has none.
+            By default the prompt that the model was trained with; where nothing tells, the chat template, or the bare
+            prompt for VL-BART, which has none.
         base: folder or hub id of an adapter's base model; by default where the run loaded it from.
         max_new_tokens: longest answer.
         num_beams: beams of the search; 1 is greedy.
@@ -85,7 +94,7 @@ def generate(
         raise ValueError("give one prompt or a file of prompts, not both")
     if template not in (None, CHAT, NONE) and "{prompt}" not in template:
         raise ValueError(f"template must be 'chat', 'none' or a text that contains {{prompt}}, got {template!r}")
-    shown = Shown(_listed(image), video, frames, every, _listed(features), rows)
+    shown = Shown(_listed(image), video, frames, every, _listed(features), rows, image_aspect_ratio, exif_rotation)
     asked = [prompt] if prompt is not None else _read_prompts(Path(prompts)) if prompts is not None else None
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -100,6 +109,7 @@ def generate(
         kept = KeptAnswers(Path(output), asked, made_by | {"shown": asdict(shown)} | options)
     loaded = load_model(model, base)
     template = _template_for(loaded, template)
+    _compare_prompts(loaded, template)
     vision, picture = loaded.look_at(shown)
 
     def answer(texts: Sequence[str]) -> list[str]:
@@ -129,6 +139,10 @@ def _listed(files: list[str] | str | None) -> list[str]:
 
 
 def _template_for(model: TextModel, template: str | None) -> str:
+    if template is None and "prompt" in model.trained:
+        trained = str(model.trained["prompt"])
+        # the chat template holds the whole of a conversation
+        return CHAT if _chat_form(model.tokenizer) == trained else trained
     if template is None and model.tokenizer.chat_template is None and model.bare_prompts:
         return NONE
     template = template or CHAT
@@ -137,6 +151,20 @@ def _template_for(model: TextModel, template: str | None) -> str:
             f"the tokenizer of {model.name} has no chat template; choose --template none or a text with {{prompt}}"
         )
     return template
+
+
+def _chat_form(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What the chat template puts around a message; None without one, or if it refuses a lone message."""
+    try:
+        return _fill(CHAT, _FORM, tokenizer) if tokenizer.chat_template else None
+    except ValueError:
+        return None
+
+
+def _compare_prompts(model: TextModel, template: str) -> None:
+    asked = _fill(template, _FORM, model.tokenizer)
+    for line in differences({"prompt": model.trained.get("prompt", asked)}, {"prompt": asked}):
+        model.say(line)
 
 
 def _read_prompts(path: Path) -> list[str]:

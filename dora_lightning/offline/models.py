@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +27,16 @@ from dora_lightning.pretrained import (
     reads_images_too,
     resolve_pretrained,
 )
-from dora_lightning.processing import image_inputs, image_token_counts, load_processor, vision_sizes
+from dora_lightning.processing import (
+    image_inputs,
+    image_token_counts,
+    load_processor,
+    published_aspect_ratio,
+    vision_sizes,
+)
+from dora_lightning.terminal import say
+from dora_lightning.training.trained_inputs import read_inputs
+from dora_lightning.videos import video_info
 from dora_lightning.vl_bart import VLBart, VLBartConfig, load_vl_bart, load_vl_bart_tokenizer
 from dora_lightning.vl_bart.inputs import pixel_inputs
 
@@ -43,13 +53,21 @@ class TextModel:
         name: what it was loaded by, for messages.
         network: the model, with its adapters merged.
         tokenizer: its tokenizer.
+        trained: how its inputs were made in training, see :mod:`dora_lightning.training.trained_inputs`.
     """
 
     bare_prompts = False
     """Whether a prompt is read as it is where the tokenizer has no chat template."""
 
-    def __init__(self, name: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        name: str,
+        network: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        trained: Mapping[str, Any] | None = None,
+    ) -> None:
         self.name = name
+        self.trained = trained or {}
         self.network = network
         self.tokenizer = tokenizer
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,6 +85,16 @@ class TextModel:
             )
         return {}, ""
 
+    def _as_trained(self, shown: Shown, published: Mapping[str, Any]) -> Shown:
+        shown, notes = shown.as_trained(self.trained, published)
+        for note in notes:
+            self.say(note)
+        return shown
+
+    def say(self, note: str) -> None:
+        """Tell the user something about this model, beside its answers."""
+        say(f"{self.name}: {note}", Console(stderr=True))
+
     def answer(self, texts: Sequence[str], vision: Vision, **options: Any) -> list[str]:
         """A continuation of each text, all of them about the same; ``options`` as in ``generate`` of transformers."""
         repeated = {name: torch.cat([tensor] * len(texts)) for name, tensor in vision.items()}
@@ -76,8 +104,10 @@ class TextModel:
 class LlavaModel(TextModel):
     """A LLaVA-style model and its processor; images, or a video's frames, come before the prompt."""
 
-    def __init__(self, name: str, network: PreTrainedModel, processor: Any) -> None:
-        super().__init__(name, network, processor.tokenizer)
+    def __init__(
+        self, name: str, network: PreTrainedModel, processor: Any, trained: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(name, network, processor.tokenizer, trained)
         self.processor = processor
 
     def look_at(self, shown: Shown) -> tuple[Vision, str]:
@@ -86,7 +116,13 @@ class LlavaModel(TextModel):
             raise ValueError(f"{self.name} looks at pixels: give it an image or a video; features are for VL-BART")
         if not shown:
             return {}, ""
-        read = [image_inputs(self.processor, picture) for picture in shown.pictures(frames=LLAVA_FRAMES)]
+        squared = published_aspect_ratio(self.processor)
+        shown = self._as_trained(
+            shown, {"image_aspect_ratio": squared, "exif_rotation": False, "frames": LLAVA_FRAMES, "every": None}
+        )
+        self._check_window(shown)
+        assert shown.image_aspect_ratio is not None
+        read = [image_inputs(self.processor, picture, shown.image_aspect_ratio) for picture in shown.pictures()]
         # LLaVA-NeXT cuts images into tiles; fewer ones are filled up with zeros, as its processor does
         vision = {
             name: pad_sequence([inputs[name][0] for inputs in read], batch_first=True).to(self.network.device)
@@ -94,6 +130,20 @@ class LlavaModel(TextModel):
         }
         tokens = image_token_counts(self.processor, vision_sizes(vision))
         return vision, self.processor.image_token * sum(tokens) + "\n"
+
+    def _check_window(self, shown: Shown) -> None:
+        """Refuse more frames of a video than the model can read before they are decoded."""
+        most = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
+        if shown.video is None or most is None:
+            return
+        width, height = video_info(shown.video)[-2:]
+        size = (width, height) if shown.image_aspect_ratio == "plain" else (max(width, height),) * 2
+        (each,) = image_token_counts(self.processor, [size])
+        if (wanted := len(shown.times())) * each > most:
+            raise ValueError(
+                f"{wanted} frames of {shown.video} take {each} tokens each, and {self.name} reads at most {most}: "
+                "choose fewer frames, or a larger every"
+            )
 
 
 class VLBartModel(TextModel):
@@ -106,6 +156,11 @@ class VLBartModel(TextModel):
         """As in :class:`TextModel`."""
         if not shown:
             return {}, ""
+        if shown.image_aspect_ratio is not None:
+            raise ValueError(
+                f"{self.name} has every image scaled straight to a square: image_aspect_ratio is for LLaVA-style models"
+            )
+        shown = self._as_trained(shown, {"exif_rotation": False, "frames": None, "every": VIDEO_EVERY})
         inputs = self._of_features(shown) if shown.features else self._of_pixels(shown)
         return {name: tensor.to(self.network.device) for name, tensor in inputs.items()}, ""
 
@@ -140,9 +195,10 @@ class VLBartModel(TextModel):
                 f"{self.name} has no vision tower and reads features that were computed before, of "
                 f"{self.network.config.feature_dim} numbers: give it features (dora-lightning extract-features)"
             )
-        pictures = shown.pictures(every=VIDEO_EVERY)
+        number = len(shown.images) if shown.video is None else len(shown.times())
         # images of one row are told apart as the objects of one image
-        self._check_orders(*((len(pictures), tower.rows) if tower.rows > 1 else (1, len(pictures))))
+        self._check_orders(*((number, tower.rows) if tower.rows > 1 else (1, number)))
+        pictures = shown.pictures()
         pixels = torch.stack([scaled_pixels(picture, tower.image_size) for picture in pictures])
         return pixel_inputs([pixels], tower.mean, tower.std)
 
@@ -172,14 +228,14 @@ def load_model(model: str, base: str | None) -> TextModel:
     if base is not None:
         raise ValueError("base belongs to an adapter checkpoint (.ckpt); this model is loaded as it is")
     if _model_type(model) == VLBartConfig.model_type:
-        return VLBartModel(model, load_vl_bart(model), load_vl_bart_tokenizer(model))
+        return VLBartModel(model, load_vl_bart(model), load_vl_bart_tokenizer(model), read_inputs(model))
     if reads_images_too(model):
-        return LlavaModel(model, load_vision_language_model(model), load_processor(model))
-    return TextModel(model, load_causal_lm(model), load_tokenizer(model))
+        return LlavaModel(model, load_vision_language_model(model), load_processor(model), read_inputs(model))
+    return TextModel(model, load_causal_lm(model), load_tokenizer(model), read_inputs(model))
 
 
-def load_finished(model: str, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model, which may read images too, and its tokenizer; see :func:`load_model`.
+def load_language_model(model: str, base: str | None = None) -> TextModel:
+    """A causal language model, which may read images too; see :func:`load_model`.
 
     Raises:
         ValueError: it is an encoder-decoder, or as in :func:`load_model`.
@@ -187,20 +243,26 @@ def load_finished(model: str, base: str | None = None) -> tuple[PreTrainedModel,
     loaded = load_model(model, base)
     if isinstance(loaded, VLBartModel):
         raise ValueError(f"{model} is a VL-BART: expected a causal language model")
+    return loaded
+
+
+def load_finished(model: str, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of :func:`load_language_model`, and its tokenizer."""
+    loaded = load_language_model(model, base)
     return loaded.network, loaded.tokenizer
 
 
 def _load_checkpoint(path: str, base: str | None) -> TextModel:
-    backbone = load_backbone(path, base)
+    backbone, trained = load_backbone(path, base)
     network = backbone.language_model
     merge_adapters(network, unload=True)
     if isinstance(backbone, DoRALlava):
-        return LlavaModel(path, network, backbone.processor)
+        return LlavaModel(path, network, backbone.processor, trained)
     if isinstance(backbone, DoRAVLBart):
         # biases and norms that trained are fp32, which a layer of another dtype does not take
         cast(nn.Module, network).to(network.config.dtype)
-        return VLBartModel(path, network, backbone.tokenizer)
-    return TextModel(path, network, backbone.tokenizer)
+        return VLBartModel(path, network, backbone.tokenizer, trained)
+    return TextModel(path, network, backbone.tokenizer, trained)
 
 
 def _model_type(name: str) -> str:

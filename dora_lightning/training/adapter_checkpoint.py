@@ -36,6 +36,7 @@ class AdapterCheckpoint:
         backbone: name of the LightningModule's class.
         step: optimiser steps taken.
         options: hyperparameters of the LightningModule, as it saved them.
+        inputs: how the model's inputs were made, see :mod:`dora_lightning.training.trained_inputs`; empty if unknown.
     """
 
     config: AdapterConfig
@@ -44,6 +45,7 @@ class AdapterCheckpoint:
     backbone: str = ""
     step: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
 
 
 def write_adapter_entry(
@@ -115,9 +117,15 @@ def read_adapter_checkpoint(path: str | Path, mmap: bool = False) -> AdapterChec
     prefix = entry["prefix"]
     tensors = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     # one that was written before there were several says nothing
-    config, backbone = AdapterConfig(**entry["adapter"]), entry.get("backbone", "")
-    options = checkpoint.get("hyper_parameters", {})
-    return AdapterCheckpoint(config, entry["base"], tensors, backbone, checkpoint["global_step"], options)
+    return AdapterCheckpoint(
+        AdapterConfig(**entry["adapter"]),
+        entry["base"],
+        tensors,
+        entry.get("backbone", ""),
+        checkpoint["global_step"],
+        checkpoint.get("hyper_parameters", {}),
+        entry.get("inputs", {}),
+    )
 
 
 def frozen_names(module: nn.Module) -> set[str]:

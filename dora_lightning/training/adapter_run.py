@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import nn
 
@@ -31,6 +31,7 @@ from dora_lightning.training.resume import (
     trainer_settings,
 )
 from dora_lightning.training.streaming import stream_weights
+from dora_lightning.training.trained_inputs import differences, inputs_of
 
 
 class AdapterRun:
@@ -83,6 +84,7 @@ class AdapterRun:
         if trainer is not None:
             checkpoint[KEY]["optimizers"] = optimizer_classes(trainer.optimizers)
             checkpoint[KEY]["trainer"] = trainer_settings(trainer)
+        checkpoint[KEY]["inputs"] = inputs_of(trainer)
         checkpoint[KEY]["optimizer_options"] = self._configured
         checkpoint[KEY]["random_states"] = gather_random_states()
 
@@ -93,6 +95,8 @@ class AdapterRun:
         if "averaging_state" in checkpoint:
             add_frozen(checkpoint, pl_module)  # WeightAveraging loads both of its models strictly
         trainer = pl_module._trainer
+        for difference in differences(checkpoint[KEY].get("inputs", {}), inputs_of(trainer)):
+            rank_zero_warn(f"The checkpoint's model reads other inputs now: {difference}")
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             check_resumable(checkpoint, trainer)
             entry = checkpoint[KEY]

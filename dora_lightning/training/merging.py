@@ -33,6 +33,7 @@ from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint
 from dora_lightning.training.base_identity import check_weight_of_base
 from dora_lightning.training.complete_adapter import check_complete
 from dora_lightning.training.stored_names import base_name
+from dora_lightning.training.trained_inputs import INPUTS_FILE
 
 SOURCE_FILE = "merged_from.json"
 """Among the notes of a merged folder: the checkpoint it was made from, so that a restarted run knows what is merged."""
@@ -98,7 +99,8 @@ def merge_to_folder(
                 shutil.copyfile(file, folder / file.name)
         for file in files:
             _merge_file(file, folder / file.name, adapter, updates, base)
-        for name, text in (notes or {}).items():
+        inputs = {INPUTS_FILE: json.dumps(adapter.inputs, indent=2) + "\n"} if adapter.inputs else {}
+        for name, text in (inputs | dict(notes or {})).items():
             (folder / name).write_text(text, encoding="utf-8")
 
     try:

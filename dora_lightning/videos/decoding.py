@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from dora_lightning.images import MAX_SIDE
+
 ROUNDING = 0.0006
 """Seconds by which a frame may come after the time it is asked for: times are floats, and Matroska's frames lie on
 whole milliseconds."""
@@ -90,6 +92,8 @@ class OpenVideo:
         self.frame_length = float(1 / rate) if rate else 0.0
         duration, self.duration_is_pictures = self._duration()
         width, height = self.stream.codec_context.width, self.stream.codec_context.height
+        if max(width, height) > MAX_SIDE:
+            raise ValueError(f"{path}: too large: expected at most {MAX_SIDE} pixels a side, found {width} x {height}")
         self.info = VideoInfo(duration, self.stream.frames, float(rate or 0), width, height)
         # the others' packets have no times to rely on, or no index
         self.skips = bool({"mp4", "matroska"} & set(container.format.name.split(",")))
@@ -208,9 +212,8 @@ class OpenVideo:
             return self._seconds((self.stream.start_time or 0) + self.stream.duration), True
         # Matroska counts from 0, not from its first frame
         start = float(self.origin) if "matroska" in self.container.format.name else 0.0
-        if tag := self.stream.metadata.get("DURATION"):
-            hours, minutes, seconds = map(float, tag.split(":"))
-            return hours * 3600 + minutes * 60 + seconds - start, True
+        if (seconds := _clock_seconds(self.stream.metadata.get("DURATION", ""))) is not None:
+            return seconds - start, True
         if self.container.duration:
             return self.container.duration / 1_000_000 - start, len(self.container.streams) == 1
         # written as it was recorded, as browsers do it
@@ -223,6 +226,16 @@ class OpenVideo:
             raise ValueError(f"{self.path}: of zero length, or its frames have no times")
         self.container.seek(0)
         return max(ends), True
+
+
+def _clock_seconds(tag: str) -> float | None:
+    """Seconds of ``01:02:03.5``; None of anything else."""
+    try:
+        hours, minutes, seconds = map(float, tag.split(":"))
+    except ValueError:
+        return None
+    total = hours * 3600 + minutes * 60 + seconds
+    return total if 0 < total < math.inf else None
 
 
 def _is_entry(packet: Any) -> bool:

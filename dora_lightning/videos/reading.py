@@ -14,6 +14,15 @@ VIDEO_SUFFIXES = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg
 """Endings that video files are found by; what a file is, its content says."""
 
 
+MAX_TIMES = 100_000
+"""Most times of one video: more than 40 hours at a frame each 1.5 s. A head may promise any length."""
+
+_FEW = 32  # of any size that is read
+
+MAX_BYTES = 8 * 2**30
+"""Most bytes of the frames that are read at once, which are all held in memory."""
+
+
 def video_info(path: str | Path) -> VideoInfo:
     """Length and size of a video, from the head of the file alone where that has them; no frame is decoded.
 
@@ -59,6 +68,13 @@ def read_frames(path: str | Path, times: Sequence[float]) -> list[Image.Image]:
     for time in times:
         if not 0 <= time < math.inf:
             raise ValueError(f"{path}: expected times of at least 0 s, found {time} s")
+    if len(times) > _FEW:
+        info = video_info(path)
+        if (needed := 3 * info.width * info.height * len(times)) > MAX_BYTES:
+            raise ValueError(
+                f"{path}: {len(times)} frames of {info.width} x {info.height} pixels take {needed / 2**30:.0f} GiB, at "
+                f"most {MAX_BYTES // 2**30} GiB are read at once: choose fewer frames"
+            )
     images: dict[float, Image.Image] = {}
     wanted: list[float] = []
     for time in sorted(set(times)):
@@ -92,13 +108,17 @@ def sample_times(span: tuple[float, float], every: float | None = None, count: i
     if (every is None) == (count is None):
         raise ValueError(f"expected either every or count, found every={every!r} and count={count!r}")
     if count is not None:
-        if count < 1:
-            raise ValueError(f"count must be at least 1, found {count}")
+        if not 1 <= count <= MAX_TIMES:
+            raise ValueError(f"count must be from 1 to {MAX_TIMES} frames of a video, found {count}")
         return [start + (end - start) * (part + 0.5) / count for part in range(count)]
     assert every is not None
     if not 0 < every < math.inf:
         raise ValueError(f"every must be a number of seconds above 0, found {every}")
     # rounding must not add a time that is the end itself
+    if (end - start) / every > MAX_TIMES:
+        raise ValueError(
+            f"every={every} s gives more than {MAX_TIMES} frames of {end - start:g} s of video: choose a larger one"
+        )
     steps = max(1, math.ceil((end - start) / every - 1e-9))
     return [start + step * every for step in range(steps)]
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dora_lightning.videos import check_video, read_frames, sample_times, video_info, write_video
+from dora_lightning.videos.decoding import _clock_seconds
 from tests.videos.video_examples import X264, add_sound, av, decoded_through, encode, every_way, make
 
 
@@ -142,3 +143,27 @@ def test_without_pyav(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ):
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'dora-lightning\[video\]'"):
             use()
+
+
+def test_more_times_and_frames_than_can_be_held_are_refused(made: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match=r"count must be from 1 to 100000 frames of a video, found 100001"):
+        sample_times((0.0, 10.0), count=100_001)
+    # as of a head that promises any length
+    with pytest.raises(ValueError, match=r"every=1.5 s gives more than 100000 frames of 1e\+12 s of video"):
+        sample_times((0.0, 1e12), every=1.5)
+    path = made("h264.mp4")  # 24 s of 64 x 64 pixels: 12 KiB each
+    times = [0.0] * 800_000
+    with pytest.raises(ValueError, match=r"mp4: 800000 frames of 64 x 64 pixels take 9 GiB, at most 8 GiB are read"):
+        read_frames(path, times)
+
+
+def test_a_head_with_absurd_values(made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dora_lightning.videos.decoding.MAX_SIDE", 63)
+    with pytest.raises(ValueError, match=r"h264.mp4: too large: expected at most 63 pixels a side, found 64 x 64"):
+        video_info(made("h264.mp4"))
+
+
+@pytest.mark.parametrize("tag", ["", "long", "1:2", "nan:00:01", "inf:0:0", "-1:00:00", "0:0:0"])
+def test_a_clock_that_says_nothing(tag: str) -> None:
+    assert _clock_seconds(tag) is None
+    assert _clock_seconds("01:02:03.5") == 3723.5
