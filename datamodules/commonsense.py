@@ -16,7 +16,7 @@ from datamodules.commonsense_rows import (
     render_row,
 )
 from datamodules.loading import Stage
-from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, require_field
+from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, optional_text, require_field
 from datamodules.subsets import drawn, permutation
 from datamodules.templates import get_template
 from datamodules.text import PackingLen, TextDataModule
@@ -220,7 +220,7 @@ class CommonsenseDataModule(TextDataModule):
         if not found:
             raise ValueError(f"field 'output' must contain the answer {answer!r}, found {output!r:.200}")
         return Sample(
-            prompt=prompt(instruction, row.get("input") or ""),
+            prompt=prompt(instruction, optional_text(row, "input")),
             target=prefix + output,
             options=tuple(prefix + before + label + after for label in labels),
             references=(answer,),
