@@ -16,9 +16,11 @@ from datamodules.loading import Stage
 from datamodules.messages import Dialogue, dialogue_of_row, has_messages
 from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, optional_text, require_field
 from datamodules.subsets import split_off
+from datamodules.tables import is_saved_dataset
 from datamodules.templates import TEMPLATES, PromptTemplate
 from datamodules.text import PackingLen, TextDataModule
 from dora_lightning.data import Sample
+from dora_lightning.messages import check_whole
 
 
 class InstructionDataModule(TextDataModule):
@@ -92,6 +94,8 @@ class InstructionDataModule(TextDataModule):
             group_by_length,
             packing_len,
         )
+        check_whole(1, none="all", limit_train=limit_train)
+        check_whole(0, val_size=val_size)
         check_sources(train_file, hub, val_file, val_size)
         check_files(train_file=train_file, val_file=val_file, test_file=test_file)
         check_template(template)
@@ -181,7 +185,7 @@ def check_files(**files: str | None) -> None:
         FileNotFoundError: One is not.
     """
     for name, path in files.items():
-        if path is not None and not Path(path).is_file():
+        if path is not None and not Path(path).is_file() and not is_saved_dataset(Path(path)):
             raise FileNotFoundError(f"{name} {path}: no such file")
 
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.resuming import ResumableDataLoader, resume_sampler
 from datamodules.sampling import LengthGroupedSampler
+from dora_lightning.messages import check_whole
 
 Stage: TypeAlias = Literal["train", "validate", "test"]
 
@@ -40,6 +41,8 @@ class SampledDataModule(LightningDataModule):
 
     def __init__(self, eval_batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()
+        check_whole(1, eval_batch_size=eval_batch_size)
+        check_whole(0, num_workers=num_workers, seed=seed)
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed

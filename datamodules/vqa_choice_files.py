@@ -45,12 +45,15 @@ def read_scienceqa(where: EvaluationSet, on_bad_row: OnBadRow) -> list[VisualQue
         problem = problems[number]
         if isinstance(problem, ValueError):
             raise ValueError(f"problem {number} of {where.annotations}: {problem}")
-        text, name = None, optional_text(problem, "image") and f"{number}/{problem['image']}"
-        if "conversations" in row:
-            text, name = _asked(row) + LETTER, optional_text(row, "image")
-        image = image_file(where, name) if name else None
-        question, hint = require_field(problem, "question"), optional_text(problem, "hint")
-        return scienceqa(number, question, image, problem.get("choices"), problem.get("answer"), hint, text)
+        text = _asked(row) + LETTER if "conversations" in row else None
+        try:
+            name = optional_text(problem, "image") and f"{number}/{problem['image']}"
+            name = name if text is None else optional_text(row, "image")
+            question, hint = require_field(problem, "question"), optional_text(problem, "hint")
+            image = image_file(where, name) if name else None
+            return scienceqa(number, question, image, problem.get("choices"), problem.get("answer"), hint, text)
+        except ValueError as error:
+            raise ValueError(f"problem {number} of {where.annotations}: {error}") from error
 
     splits = read_object(path)
     if splits is None:
