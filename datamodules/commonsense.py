@@ -15,12 +15,14 @@ from datamodules.commonsense_rows import (
     recognise_task,
     render_row,
 )
+from datamodules.instructions import check_files
 from datamodules.loading import Stage
-from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, require_field
+from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, optional_text, require_field
 from datamodules.subsets import drawn, permutation
 from datamodules.templates import get_template
 from datamodules.text import PackingLen, TextDataModule
 from dora_lightning.data import Sample
+from dora_lightning.messages import check_whole
 
 Split: TypeAlias = Literal["train", "test"]
 _UNNAMED = "custom"  # source of a row in a combined file that is in none of the eight formats
@@ -102,6 +104,8 @@ class CommonsenseDataModule(TextDataModule):
             group_by_length,
             packing_len,
         )
+        check_whole(1, none="all", limit_train=limit_train, limit_test=limit_test)
+        check_whole(0, val_size=val_size)
         if data_dir is not None and hub:
             raise ValueError("give data_dir or hub, not both: they name the same rows in two places")
         if data_dir is None and not hub and train_file is None:
@@ -113,8 +117,7 @@ class CommonsenseDataModule(TextDataModule):
         self.data_dir = None if data_dir is None else Path(data_dir)
         if self.data_dir is not None and not self.data_dir.is_dir():
             raise FileNotFoundError(f"data_dir {self.data_dir} is not a folder; expected LLM-Adapters' folder of tasks")
-        if train_file is not None and not Path(train_file).is_file():
-            raise FileNotFoundError(f"train_file {train_file}: no such file")
+        check_files(train_file=train_file)
         self.hub_ids = hub if isinstance(hub, dict) else {}
         self.from_hub = bool(hub)
         self.train_file = train_file
@@ -224,7 +227,7 @@ class CommonsenseDataModule(TextDataModule):
         if not found:
             raise ValueError(f"field 'output' must contain the answer {answer!r}, found {output!r:.200}")
         return Sample(
-            prompt=prompt(instruction, row.get("input") or ""),
+            prompt=prompt(instruction, optional_text(row, "input")),
             target=prefix + output,
             options=tuple(prefix + before + label + after for label in labels),
             references=(answer,),

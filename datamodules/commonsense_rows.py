@@ -184,28 +184,58 @@ _Parts = tuple[str, list[str], int]
 
 
 def _boolq(row: dict[str, Any]) -> _Parts:
-    is_true = row["answer"] if "answer" in row else row["label"] == 1
-    return row["question"] + "?", list(_BOOLQ_OPTIONS), 0 if is_true else 1
+    name = "answer" if "answer" in row else "label"
+    if row[name] not in (0, 1):  # true and false are
+        raise ValueError(f"column {name!r} must be true or false, found {row[name]!r:.80}")
+    return _text(row, "question") + "?", list(_BOOLQ_OPTIONS), 0 if row[name] else 1
 
 
 def _piqa(row: dict[str, Any]) -> _Parts:
-    return row["goal"], [row["sol1"], row["sol2"]], int(row["label"])
+    return _text(row, "goal"), [_text(row, "sol1"), _text(row, "sol2")], _number(row, "label")
 
 
 def _social_i_qa(row: dict[str, Any]) -> _Parts:
-    return f"{row['context']} {row['question']}", [row[f"answer{x}"] for x in "ABC"], int(row["label"]) - 1
+    options = [_text(row, f"answer{letter}") for letter in "ABC"]
+    return f"{_text(row, 'context')} {_text(row, 'question')}", options, _number(row, "label") - 1
 
 
 def _hellaswag(row: dict[str, Any]) -> _Parts:
-    return f"{row['activity_label']}: {row['ctx']}", list(row["endings"]), int(row["label"])
+    return f"{_text(row, 'activity_label')}: {_text(row, 'ctx')}", _texts(row, "endings"), _number(row, "label")
 
 
 def _winogrande(row: dict[str, Any]) -> _Parts:
-    return row["sentence"], [row["option1"], row["option2"]], int(row["answer"]) - 1
+    return _text(row, "sentence"), [_text(row, "option1"), _text(row, "option2")], _number(row, "answer") - 1
 
 
 def _arc(row: dict[str, Any]) -> _Parts:
-    return row["question"], row["choices"]["text"], row["choices"]["label"].index(row["answerKey"].strip())
+    choices, key = row["choices"], _text(row, "answerKey").strip()
+    if not isinstance(choices, dict):
+        raise ValueError(f"column 'choices' must hold texts and labels, found {choices!r:.80}")
+    texts, labels = _texts(choices, "text"), _texts(choices, "label")
+    if len(texts) != len(labels) or key not in labels:
+        raise ValueError(f"column 'answerKey' must be the label of one of {len(texts)} choices, found {key!r:.80}")
+    return _text(row, "question"), texts, labels.index(key)
+
+
+def _text(row: dict[str, Any], name: str) -> str:
+    if not isinstance(row[name], str):
+        raise ValueError(f"column {name!r} must be text, found {row[name]!r:.80}")
+    return row[name]
+
+
+def _texts(row: dict[str, Any], name: str) -> list[str]:
+    value = row[name]
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"column {name!r} must be a list of texts, found {value!r:.80}")
+    return value
+
+
+def _number(row: dict[str, Any], name: str) -> int:
+    """A whole number, which some data sets write as text; "" where answers are hidden."""
+    value = row[name]
+    if isinstance(value, int | str) and re.fullmatch(r"-?\d{1,9}", str(value)):
+        return int(value)
+    raise ValueError(f"column {name!r} must be the number of the answer, found {value!r:.80}")
 
 
 def _openbookqa(row: dict[str, Any]) -> _Parts:

@@ -17,6 +17,7 @@ from datamodules.vqa_rows import SHORT_ANSWER, VisualQuestion
 from dora_lightning.data import Sample
 from dora_lightning.images import IMAGE
 from dora_lightning.llava_parts import LlavaParts
+from dora_lightning.messages import check_whole
 
 
 class EasyVQADataModule(VisionDataModule):
@@ -88,18 +89,10 @@ class EasyVQADataModule(VisionDataModule):
             seed=seed,
             share_images=share_images,
         )
-        for name, number in (
-            ("train_images", train_images),
-            ("questions_per_image", questions_per_image),
-            ("questions_per_conversation", questions_per_conversation),
-            ("test_size", test_size),
-        ):
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1, or null for all, found {number}")
-        if val_images < 0:
-            raise ValueError(f"val_images must be at least 0, found {val_images}")
-        if val_size is not None and val_size < 0:
-            raise ValueError(f"val_size must be at least 0, or null for all, found {val_size}")
+        check_whole(1, none="all", train_images=train_images, questions_per_image=questions_per_image)
+        check_whole(1, none="all", questions_per_conversation=questions_per_conversation, test_size=test_size)
+        check_whole(0, val_images=val_images)
+        check_whole(0, none="all", val_size=val_size)
         if options not in ("all", "kind"):
             raise ValueError(f"options must be 'all' or 'kind', found {options!r}")
         self.train_images = train_images

@@ -27,6 +27,8 @@ class EncodedSample(NamedTuple):
     labels: torch.Tensor
     image_tokens: tuple[int, ...] = ()
     """How many tokens the model reads in place of each image's one."""
+    cut: int = 0
+    """Tokens on the right that were cut off."""
     turns: torch.Tensor | None = None
     """``[tokens]``, of several samples that share an image; see :mod:`datamodules.sharing`."""
 
@@ -80,7 +82,7 @@ def encode_samples(
         labels = input_ids.clone()
         if not train_on_inputs:
             labels[~trained[:cutoff_len]] = IGNORE
-        encoded.append(EncodedSample(sample, input_ids, labels))
+        encoded.append(EncodedSample(sample, input_ids, labels, cut=len(ids) - len(input_ids)))
     return encoded
 
 

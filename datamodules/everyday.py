@@ -7,6 +7,7 @@ from datamodules.loading import Stage
 from datamodules.templates import get_template
 from datamodules.text import TextDataModule
 from dora_lightning.data import Sample
+from dora_lightning.messages import check_whole
 
 
 class EverydayDataModule(TextDataModule):
@@ -41,6 +42,7 @@ class EverydayDataModule(TextDataModule):
             num_workers=num_workers,
             seed=seed,
         )
+        check_whole(1, none="all", train_size=train_size, test_size=test_size)
         self.train_size = train_size
         self.test_size = test_size
         self.template = get_template(template)

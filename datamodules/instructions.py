@@ -15,11 +15,13 @@ from datamodules.conversation import (
 from datamodules.hub import load_hub_rows
 from datamodules.loading import Stage
 from datamodules.messages import Dialogue, dialogue_of_row, has_messages
-from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, require_field
+from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, optional_text, require_field
 from datamodules.subsets import split_off
+from datamodules.tables import is_saved_dataset
 from datamodules.templates import TEMPLATES, PromptTemplate
 from datamodules.text import PackingLen, TextDataModule
 from dora_lightning.data import Sample
+from dora_lightning.messages import check_whole
 
 
 class InstructionDataModule(TextDataModule):
@@ -93,6 +95,8 @@ class InstructionDataModule(TextDataModule):
             group_by_length,
             packing_len,
         )
+        check_whole(1, none="all", limit_train=limit_train)
+        check_whole(0, val_size=val_size)
         check_sources(train_file, hub, val_file, val_size)
         check_files(train_file=train_file, val_file=val_file, test_file=test_file)
         check_template(template)
@@ -190,7 +194,7 @@ def check_files(**files: str | None) -> None:
         FileNotFoundError: One is not.
     """
     for name, path in files.items():
-        if path is not None and not Path(path).is_file():
+        if path is not None and not Path(path).is_file() and not is_saved_dataset(Path(path)):
             raise FileNotFoundError(f"{name} {path}: no such file")
 
 
@@ -210,7 +214,7 @@ def check_template(name: str) -> None:
 def _one_instruction(row: Row, template: str) -> tuple[str, str, str]:
     """Instruction, input and response of a row, for a template that holds one of each."""
     if not has_messages(row):
-        return require_field(row, "instruction"), _input(row), require_field(row, "output")
+        return require_field(row, "instruction"), optional_text(row, "input"), require_field(row, "output")
     dialogue = dialogue_of_row(row)
     if len(dialogue.turns) > 1 or dialogue.system is not None:
         what = "a system message" if len(dialogue.turns) == 1 else f"{len(dialogue.turns)} turns"
@@ -226,12 +230,9 @@ def _one_instruction(row: Row, template: str) -> tuple[str, str, str]:
 def _dialogue(row: Row) -> Dialogue:
     if has_messages(row):
         return dialogue_of_row(row)
-    instruction, given, response = require_field(row, "instruction"), _input(row), require_field(row, "output")
+    instruction, given, response = (
+        require_field(row, "instruction"),
+        optional_text(row, "input"),
+        require_field(row, "output"),
+    )
     return Dialogue(((f"{instruction}\n\n{given}" if given else instruction, response),))
-
-
-def _input(row: Row) -> str:
-    value = row.get("input") or ""
-    if not isinstance(value, str):
-        raise ValueError(f"field 'input' must be text, found {type(value).__name__}: {value!r:.80}")
-    return value.strip() and value

@@ -4,6 +4,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from datamodules.instructions import check_files
 from datamodules.loading import Stage
 from datamodules.rows import OnBadRow, Row, convert_file
 from datamodules.subsets import permutation
@@ -11,6 +12,7 @@ from datamodules.vision import AspectRatio, VisionDataModule
 from dora_lightning.data import Sample
 from dora_lightning.images import IMAGE
 from dora_lightning.llava_parts import LlavaParts
+from dora_lightning.messages import check_whole
 
 _SPEAKERS = ("human", "gpt")
 
@@ -84,11 +86,11 @@ class LlavaInstructions(VisionDataModule):
             share_images,
             exif_rotation,
         )
+        check_whole(1, none="all", limit_train=limit_train)
+        check_whole(0, val_size=val_size)
         if val_file is not None and val_size:
             raise ValueError("give val_file or val_size, not both: one names the validation data, the other draws it")
-        for name, path in (("train_file", train_file), ("val_file", val_file)):
-            if path is not None and not Path(path).is_file():
-                raise FileNotFoundError(f"{name} {path}: no such file")
+        check_files(train_file=train_file, val_file=val_file)
         if image_folder is not None and not Path(image_folder).is_dir():
             raise FileNotFoundError(f"image_folder {image_folder}: no such folder")
         self.train_file = train_file

@@ -14,6 +14,7 @@ from datamodules.fingerprint import fingerprint, tokenizer_fingerprint
 from datamodules.resuming import ResumableDataLoader, resume_sampler
 from datamodules.sampling import LengthGroupedSampler
 from datamodules.steps import StepCollator, StepDataset, plan_steps
+from dora_lightning.messages import check_whole
 
 _CHANGED = {
     "samples": "training goes on with other samples than the checkpoint's run had, or with the same in another order "
@@ -52,6 +53,8 @@ class SampledDataModule(LightningDataModule):
 
     def __init__(self, eval_batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()
+        check_whole(1, eval_batch_size=eval_batch_size)
+        check_whole(0, num_workers=num_workers, seed=seed)
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed

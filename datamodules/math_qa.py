@@ -8,6 +8,7 @@ from datamodules.loading import Stage
 from datamodules.rows import OnBadRow, Row, convert_rows, read_rows, require_field
 from datamodules.text import PackingLen, TextDataModule
 from dora_lightning.data import Sample
+from dora_lightning.messages import check_whole
 
 _PROMPT = "###Question:\n{question}\n###Answer:\n"
 _SHUFFLE_SEED = 42
@@ -76,11 +77,8 @@ class MathQADataModule(TextDataModule):
         )
         check_sources(train_file, hub, None, 0)
         check_files(train_file=train_file)
-        if train_size < 1 or min(test_size, val_size) < 0:
-            raise ValueError(
-                f"train_size must be at least 1, test_size and val_size at least 0; "
-                f"found {train_size}, {test_size} and {val_size}"
-            )
+        check_whole(1, train_size=train_size)
+        check_whole(0, held_out=held_out, test_size=test_size, val_size=val_size)
         if test_size + val_size > held_out:
             raise ValueError(
                 f"test_size={test_size} and val_size={val_size} do not fit in the held_out={held_out} rows "

@@ -25,7 +25,7 @@ def dialogue_of_row(row: Row) -> Dialogue:
         ValueError: The row has neither field, or its messages are no conversation (see :func:`read_messages`) that
             ends in an answer.
     """
-    field = next((name for name in _FIELDS if name in row), None)
+    field = next((name for name in _FIELDS if row.get(name) is not None), None)
     if field is None:
         raise ValueError(
             f"expected the field {' or '.join(map(repr, _FIELDS))}; the row has {', '.join(map(repr, row)) or 'none'}"
@@ -38,7 +38,7 @@ def dialogue_of_row(row: Row) -> Dialogue:
 
 def has_messages(row: Row) -> bool:
     """Whether a row holds chat messages rather than an instruction."""
-    return any(name in row for name in _FIELDS)
+    return any(row.get(name) is not None for name in _FIELDS)  # a table has all columns in each row
 
 
 def read_messages(messages: Any, field: str) -> Dialogue:
@@ -78,8 +78,8 @@ def _read_message(message: Any, place: str) -> tuple[str, str]:
             f"{place} must have the fields 'role' and 'content', or 'from' and 'value'; found {message!r:.80}"
         )
     role, text = message[keys[0]], message.get(keys[1])
-    if role not in _ROLES:
-        raise ValueError(f"{place}: unknown role {role!r}; expected one of {', '.join(_ROLES)}")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise ValueError(f"{place}: unknown role {role!r:.80}; expected one of {', '.join(_ROLES)}")
     if not isinstance(text, str):
         raise ValueError(f"{place}: field {keys[1]!r} must be text, found {text!r:.80}")
     if not text.strip() and _ROLES[role] != "system":

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from datamodules.conversation import ConversationTemplate, TokenizerTemplate, get_conversation_template, prompt_form
 from datamodules.encoding import Collator, EncodedSample, encode_samples
 from datamodules.hub import load_hub_rows
@@ -15,6 +17,7 @@ from datamodules.subsets import split_off
 from datamodules.templates import TEMPLATES
 from datamodules.text import TextDataModule
 from dora_lightning.data import Sample
+from dora_lightning.messages import check_whole
 
 _NONE = "none"
 
@@ -29,8 +32,14 @@ class EncodedPair(NamedTuple):
 
     @property
     def trains(self) -> bool:
-        """Whether something of both answers is left to compare."""
-        return self.chosen.trains and self.rejected.trains
+        """Whether something of both answers is left, and tells them apart."""
+        left = self.chosen.trains and self.rejected.trains
+        return left and not torch.equal(self.chosen.input_ids, self.rejected.input_ids)
+
+    @property
+    def cut(self) -> int:
+        """Tokens that were cut off the answer that lost most."""
+        return max(self.chosen.cut, self.rejected.cut)
 
     @property
     def length(self) -> int:
@@ -75,8 +84,8 @@ class PreferenceDataModule(TextDataModule):
             one another as they are.
         batch_size: Pairs in a training batch, per device: a forward pass reads twice as many sequences.
         eval_batch_size: Pairs in a validation batch, per device.
-        cutoff_len: Most tokens of prompt and answer; longer ones are cut on the right. A pair of which one answer is
-            cut off whole is left out, and reported.
+        cutoff_len: Most tokens of prompt and answer; longer ones are cut on the right. A pair is left out, and
+            reported, of which one answer is cut off whole, or whose answers are the same up to there.
         num_workers: As in :class:`~datamodules.text.TextDataModule`.
         seed: Likewise.
         on_bad_row: Likewise. Bad is also a pair whose answers are the same.
@@ -115,6 +124,8 @@ class PreferenceDataModule(TextDataModule):
             on_bad_row=on_bad_row,
             group_by_length=group_by_length,
         )
+        check_whole(1, none="all", limit_train=limit_train)
+        check_whole(0, val_size=val_size)
         check_sources(train_file, hub, val_file, val_size)
         check_files(train_file=train_file, val_file=val_file)
         if template != _NONE:
@@ -128,6 +139,8 @@ class PreferenceDataModule(TextDataModule):
         self.template_name = template
         self._template: ConversationTemplate | TokenizerTemplate | None = None
         self._split: tuple[list[Sample], list[Sample]] | None = None
+
+    lost_by_cutting = "one answer, or what tells the two apart"
 
     def trained_inputs(self) -> dict[str, Any]:
         """See :mod:`dora_lightning.training.trained_inputs`."""

@@ -107,6 +107,30 @@ def optional_text(row: Row, field: str) -> str:
     return value if value.strip() else ""
 
 
+def require_texts(row: Row, field: str, least: int = 1) -> list[str]:
+    """The list of texts in ``row[field]``.
+
+    Raises:
+        ValueError: The field is missing, is no list of texts, or holds fewer than ``least``.
+    """
+    value = row.get(field)
+    if not isinstance(value, list) or len(value) < least or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"field {field!r} must be a list of {least} or more texts, found {value!r:.80}")
+    return value
+
+
+def require_id(row: Row, field: str) -> int | str:
+    """The number or name in ``row[field]``.
+
+    Raises:
+        ValueError: The field is missing, empty, or holds something else.
+    """
+    value = row.get(field)
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise ValueError(f"field {field!r} must be a number or text, found {value!r:.80}")
+    return value
+
+
 def _object(row: Any) -> Row:
     if isinstance(row, ValueError):  # the reader's, of a row that is bad by itself
         raise row

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections import Counter
 from typing import Any, Literal, TypeAlias
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.encoding import Collator, EncodedDataset, EncodedSample, encode_samples
@@ -13,6 +13,7 @@ from datamodules.packing import PackingCollator, PackingSampler
 from datamodules.rows import OnBadRow
 from datamodules.sampling import LengthGroupedSampler
 from dora_lightning.data import Sample
+from dora_lightning.messages import check_whole
 from dora_lightning.pretrained import load_tokenizer
 
 PackingLen: TypeAlias = int | Literal["batch"] | None
@@ -57,6 +58,9 @@ class TextDataModule(SampledDataModule):
         packing_len: PackingLen = None,
     ) -> None:
         super().__init__(eval_batch_size, num_workers, seed)
+        check_whole(1, batch_size=batch_size, cutoff_len=cutoff_len)
+        if packing_len != "batch":
+            check_whole(1, none="one sample in a row", packing_len=packing_len)
         if isinstance(packing_len, int) and packing_len < cutoff_len:
             raise ValueError(
                 f"packing_len={packing_len} must be at least cutoff_len={cutoff_len}: every sample is to fit in a row"
@@ -69,6 +73,9 @@ class TextDataModule(SampledDataModule):
         self.group_by_length = group_by_length
         self.packing_len = packing_len
         self.tokenizer: PreTrainedTokenizerBase | None = None
+
+    lost_by_cutting = "their whole target"
+    """What is missing in samples that are left out because they were cut."""
 
     @abstractmethod
     def build_samples(self, stage: Stage) -> list[Sample]:
@@ -102,11 +109,16 @@ class TextDataModule(SampledDataModule):
             return EncodedDataset(encoded)
         # without a single label the loss of a batch is 0/0
         kept = [item for item in encoded if item.trains]
+        if cut := sum(item.cut > 0 for item in kept):
+            rank_zero_info(
+                f"{cut} of {len(encoded)} {stage} samples are longer than cutoff_len={self.cutoff_len} and lose the "
+                f"end of their answer, up to {max(item.cut for item in kept)} tokens"
+            )
         if dropped := len(encoded) - len(kept):
             sources = Counter(item.sample.source or "unnamed" for item in encoded if not item.trains)
             message = (
                 f"{dropped} of {len(encoded)} {stage} samples were left out, since cutoff_len={self.cutoff_len} cuts "
-                f"off their whole target ({', '.join(f'{name}: {count}' for name, count in sources.items())})"
+                f"off {self.lost_by_cutting} ({', '.join(f'{name}: {count}' for name, count in sources.items())})"
             )
             if not kept:
                 raise ValueError(f"{message}; use a larger cutoff_len")

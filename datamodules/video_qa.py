@@ -18,6 +18,7 @@ from datamodules.vqa_rows import LETTER
 from dora_lightning.data import Sample
 from dora_lightning.images import IMAGE
 from dora_lightning.llava_parts import LlavaParts
+from dora_lightning.messages import check_whole
 from dora_lightning.videos import VIDEO_SUFFIXES, sample_times, video_frames, video_info
 
 _PAST_THE_END = 0.05
@@ -114,12 +115,8 @@ class VideoQADataModule(VisionDataModule):
             raise ValueError("datasets: name at least one, such as tvqa or how2qa")
         if subtitles not in ("span", "all", "none"):
             raise ValueError(f"subtitles must be 'span', 'all' or 'none', found {subtitles!r}")
-        numbers = {"subtitle_words": subtitle_words, "limit_train": limit_train, "limit_eval": limit_eval}
-        for name, number in numbers.items():
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1, or null for all, found {number}")
-        if frames < 1:
-            raise ValueError(f"frames must be at least 1, found {frames}")
+        check_whole(1, none="all", subtitle_words=subtitle_words, limit_train=limit_train, limit_eval=limit_eval)
+        check_whole(1, frames=frames)
         self.sets = datasets
         self.frames = frames
         self.subtitles = subtitles

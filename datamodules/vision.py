@@ -181,7 +181,8 @@ class VisionDataModule(TextDataModule):
             )
         kept = int((ends <= self.cutoff_len).sum())
         # cloned, or the whole would stay in memory
-        return item._replace(input_ids=item.input_ids[:kept].clone(), labels=item.labels[:kept].clone())
+        cut = item.length - self.cutoff_len
+        return item._replace(input_ids=item.input_ids[:kept].clone(), labels=item.labels[:kept].clone(), cut=cut)
 
 
 class VisionCollator(Collator):

@@ -16,6 +16,7 @@ from datamodules.vqa_rows import VisualQuestion
 from datamodules.vqa_sets import DATASETS, EvaluationSet, locate
 from dora_lightning.data import Sample
 from dora_lightning.llava_parts import LlavaParts
+from dora_lightning.messages import check_whole
 
 _FILE_READERS: dict[str, Callable[[EvaluationSet, OnBadRow], list[VisualQuestion]]] = {
     "vqav2": read_vqav2,
@@ -96,6 +97,7 @@ class VQADataModule(VisionDataModule):
                 close = difflib.get_close_matches(name.lower(), DATASETS, n=1)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
                 raise ValueError(f"datasets: unknown set {name!r}.{hint} Known sets: {', '.join(DATASETS)}")
+        check_whole(1, none="all", limit=limit)
         self.limit = limit
         self.sets = {name: locate(name, where, data_dir) for name, where in chosen.items()}
         self._questions: list[VisualQuestion] | None = None

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, require_field
+from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, optional_text, require_field, require_id
 from datamodules.vqa_files import image_file, questions_file, read_object, require_object
 from datamodules.vqa_rows import (
     LETTER,
@@ -41,14 +41,19 @@ def read_scienceqa(where: EvaluationSet, on_bad_row: OnBadRow) -> list[VisualQue
     def convert(row: Row) -> VisualQuestion:
         number = str(row.get("id"))
         if number not in problems:
-            raise ValueError(f"problem {number} is not in {where.annotations}")
+            raise ValueError(f"problem {number:.80} is not in {where.annotations}")
         problem = problems[number]
-        text, name = None, problem.get("image") and f"{number}/{problem['image']}"
-        if "conversations" in row:
-            text, name = _asked(row) + LETTER, row.get("image")
-        image = image_file(where, name) if name else None
-        question, hint = require_field(problem, "question"), problem.get("hint")
-        return scienceqa(number, question, image, problem.get("choices", ()), problem.get("answer"), hint, text)
+        if isinstance(problem, ValueError):
+            raise ValueError(f"problem {number} of {where.annotations}: {problem}")
+        text = _asked(row) + LETTER if "conversations" in row else None
+        try:
+            name = optional_text(problem, "image") and f"{number}/{problem['image']}"
+            name = name if text is None else optional_text(row, "image")
+            question, hint = require_field(problem, "question"), optional_text(problem, "hint")
+            image = image_file(where, name) if name else None
+            return scienceqa(number, question, image, problem.get("choices"), problem.get("answer"), hint, text)
+        except ValueError as error:
+            raise ValueError(f"problem {number} of {where.annotations}: {error}") from error
 
     splits = read_object(path)
     if splits is None:
@@ -103,7 +108,7 @@ def read_pope(where: EvaluationSet, on_bad_row: OnBadRow) -> list[VisualQuestion
                 f"question {place + 1} of category {category!r} is about {name}, its label about {label['image']}: the "
                 "files do not belong together"
             )
-        image, number = image_file(where, name), row.get("question_id")
+        image, number = image_file(where, name), _id(row)
         return pope(number, bare_question(text), image, label["label"], name, category, text)
 
     questions = convert_file(path, convert, on_bad_row)
@@ -120,9 +125,13 @@ def _read_official_pope(file: str, category: str, where: EvaluationSet, on_bad_r
     def convert(row: Row) -> VisualQuestion:
         label, name = _label(row), require_field(row, "image")
         image, question = image_file(where, name), require_field(row, "text")
-        return pope(row.get("question_id"), question, image, label["label"], name, category)
+        return pope(_id(row), question, image, label["label"], name, category)
 
     return convert_file(file, convert, on_bad_row)
+
+
+def _id(row: Row) -> int | str | None:
+    return None if row.get("question_id") is None else require_id(row, "question_id")
 
 
 def _label(row: Row) -> dict[str, str]:

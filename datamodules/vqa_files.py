@@ -1,10 +1,11 @@
 """The original files of VQAv2, GQA, VizWiz and TextVQA: LLaVA's question files, the official ones, and both joined."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, require_field
+from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, require_field, require_id, require_texts
 from datamodules.vqa_rows import VisualQuestion, answer_texts, bare_question, gqa, textvqa, vizwiz, vqav2, without_ocr
 from datamodules.vqa_sets import EvaluationSet
 from dora_lightning import files
@@ -16,25 +17,32 @@ def read_vqav2(where: EvaluationSet, on_bad_row: OnBadRow) -> list[VisualQuestio
     if where.annotations:
         rows = _records(where.annotations, "annotations")
         answers = dict(
-            convert_rows(rows, lambda row: (_id(row), answer_texts(row.get("answers"))), where.annotations, on_bad_row)
+            convert_rows(
+                rows,
+                lambda row: (require_id(row, "question_id"), answer_texts(row.get("answers"))),
+                where.annotations,
+                on_bad_row,
+            )
         )
 
     def convert(row: Row, subset: str | None) -> VisualQuestion:
-        number = _id(row)
+        number = require_id(row, "question_id")
         found = _answers_of(number, answers, where)
         if subset is None:
             text, name = require_field(row, "text"), require_field(row, "image")
             return vqav2(number, bare_question(text), image_file(where, name), found, _number_at_end(name), text)
         question, image_id = require_field(row, "question"), row.get("image_id")
-        if not isinstance(image_id, int):
-            raise ValueError(f"field 'image_id' must be a number, found {image_id!r}")
+        if not isinstance(image_id, int) or isinstance(image_id, bool):
+            raise ValueError(f"field 'image_id' must be a number, found {image_id!r:.80}")
         return vqav2(number, question, image_file(where, f"COCO_{subset}_{image_id:012d}.jpg"), found, image_id)
 
     path = questions_file(where)
     document = read_object(path)
     if document is None:
         return convert_file(path, lambda row: convert(row, None), on_bad_row)
-    subset = str(document.get("data_subtype", "val2014"))
+    subset = document.get("data_subtype", "val2014")
+    if not isinstance(subset, str):
+        raise ValueError(f"{path}: field 'data_subtype' must be text, such as 'val2014', found {subset!r:.80}")
     # test-dev is a part of the test images
     subset = "test2015" if subset.startswith("test") else subset
     return convert_rows(_records(path, "questions"), lambda row: convert(row, subset), path, on_bad_row)
@@ -50,7 +58,7 @@ def read_gqa(where: EvaluationSet, on_bad_row: OnBadRow) -> list[VisualQuestion]
         )
 
     def convert(row: Row) -> VisualQuestion:
-        number = str(_id(row))
+        number = str(require_id(row, "question_id"))
         if "text" in row:
             text, image = require_field(row, "text"), image_file(where, require_field(row, "image"))
             return gqa(number, bare_question(text), image, _answers_of(number, answers, where), text)
@@ -63,8 +71,9 @@ def read_gqa(where: EvaluationSet, on_bad_row: OnBadRow) -> list[VisualQuestion]
     return convert_rows(_rows_by_id(path), convert, path, on_bad_row)
 
 
-def _rows_by_id(path: str) -> list[Row]:
-    return [{"question_id": number, **row} for number, row in require_object(path).items()]
+def _rows_by_id(path: str) -> list[Any]:
+    rows = require_object(path).items()
+    return [{**row, "question_id": number} if isinstance(row, dict) else row for number, row in rows]
 
 
 def _answer(row: Row) -> tuple[str, ...]:
@@ -89,7 +98,9 @@ def read_vizwiz(where: EvaluationSet, on_bad_row: OnBadRow) -> list[VisualQuesti
         if "text" in row:
             text = require_field(row, "text")
             found = _answers_of(name, answers, where)
-            return vizwiz(_id(row), bare_question(text), image_file(where, name), found, name, text)
+            return vizwiz(
+                require_id(row, "question_id"), bare_question(text), image_file(where, name), found, name, text
+            )
         question = require_field(row, "question")
         return vizwiz(name, question, image_file(where, name), answer_texts(row.get("answers")), name)
 
@@ -107,7 +118,11 @@ def read_textvqa(where: EvaluationSet, on_bad_row: OnBadRow) -> list[VisualQuest
         official = dict(convert_rows(rows, lambda row: (_textvqa_key(row), row), where.annotations, on_bad_row))
 
     def convert(row: Row) -> VisualQuestion:
-        text, name, image_id = require_field(row, "text"), require_field(row, "image"), str(_id(row))
+        text, name, image_id = (
+            require_field(row, "text"),
+            require_field(row, "image"),
+            str(require_id(row, "question_id")),
+        )
         found = {"question": bare_question(text), "question_id": image_id}
         if official:
             key = (image_id, found["question"].lower())
@@ -116,7 +131,9 @@ def read_textvqa(where: EvaluationSet, on_bad_row: OnBadRow) -> list[VisualQuest
             found = official[key]
         answers = answer_texts(found.get("answers"))
         text = text if where.ocr_tokens else without_ocr(text)
-        return textvqa(_id(found), found["question"], image_file(where, name), answers, image_id, text=text)
+        return textvqa(
+            require_id(found, "question_id"), found["question"], image_file(where, name), answers, image_id, text=text
+        )
 
     return convert_file(path, convert, on_bad_row)
 
@@ -137,16 +154,20 @@ def _read_official_textvqa(path: str, where: EvaluationSet, on_bad_row: OnBadRow
             raise ValueError(f"image {image_id} is not in {where.ocr}")
         tokens = None if words is None else words[image_id]
         image = image_file(where, f"{image_id}.jpg")
-        return textvqa(_id(row), question, image, answer_texts(row.get("answers")), image_id, tokens)
+        return textvqa(
+            require_id(row, "question_id"), question, image, answer_texts(row.get("answers")), image_id, tokens
+        )
 
     return convert_rows(_records(path, "data"), convert, path, on_bad_row)
 
 
 def _ocr_words(row: Row) -> tuple[str, list[str]]:
-    words = row["ocr_tokens"] if "ocr_tokens" in row else [entry.get("word") for entry in row.get("ocr_info", [])]
-    if not all(isinstance(word, str) for word in words):
-        raise ValueError(f"field 'ocr_info' must be a list of records with 'word', found {words!r:.200}")
-    return require_field(row, "image_id"), words
+    if "ocr_tokens" in row:
+        return require_field(row, "image_id"), require_texts(row, "ocr_tokens", least=0)
+    found = row.get("ocr_info", [])
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise ValueError(f"field 'ocr_info' must be a list of records with 'word', found {found!r:.80}")
+    return require_field(row, "image_id"), [require_field(entry, "word") for entry in found]
 
 
 def _textvqa_key(row: Row) -> tuple[str, str]:
@@ -171,7 +192,7 @@ def image_file(where: EvaluationSet, name: str) -> Path:
     if where.images is None:
         raise ValueError(f"image {name!r} is needed, and no folder of images was given (images)")
     path = Path(where.images, name)
-    if not path.is_file():
+    if not os.path.isfile(path):  # a name that no file can have is a missing one too
         raise ValueError(f"image {path}: no such file")
     return path
 
@@ -188,13 +209,13 @@ def read_object(path: str) -> dict[str, Any] | None:
 
 
 def require_object(path: str) -> dict[str, Any]:
-    """Likewise, for a file that must be one object, and of objects.
+    """Likewise, for a file that must be one object, and of objects, or the errors that say why one cannot be read.
 
     Raises:
         ValueError: It is not.
     """
     document = read_object(path)
-    if document is None or not all(isinstance(value, dict) for value in document.values()):
+    if document is None or not all(isinstance(value, dict | ValueError) for value in document.values()):
         raise ValueError(f"{path}: expected a JSON object with one object for each id")
     return document
 
@@ -204,13 +225,6 @@ def _records(path: str, field: str) -> list[Any]:
     if document is None or not isinstance(document.get(field), list):
         raise ValueError(f"{path}: expected a JSON object with a list {field!r}")
     return document[field]
-
-
-def _id(row: Row) -> Any:
-    number = row.get("question_id")
-    if isinstance(number, bool) or not isinstance(number, int | str) or number == "":
-        raise ValueError(f"field 'question_id' must be a number or text, found {number!r}")
-    return number
 
 
 def _number_at_end(name: str) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from datamodules.rows import OnBadRow, Row, convert_rows
+from datamodules.rows import OnBadRow, Row, convert_rows, optional_text, require_field, require_texts
 from datamodules.vqa_rows import (
     POPE_CATEGORIES,
     VisualQuestion,
@@ -122,35 +122,40 @@ _Convert = Callable[[Row, Any, int, EvaluationSet], VisualQuestion]
 
 
 def _vqav2(row: Row, image: Any, index: int, where: EvaluationSet) -> VisualQuestion:
-    return vqav2(row["question_id"], row["question"], image, answer_texts(row.get("answers")), row["image_id"])
+    return vqav2(
+        row["question_id"], require_field(row, "question"), image, answer_texts(row.get("answers")), row["image_id"]
+    )
 
 
 def _gqa(row: Row, image: Any, index: int, where: EvaluationSet) -> VisualQuestion:
-    return gqa(row["id"], row["question"], image, (row["answer"],) if row.get("answer") else ())
+    answer = optional_text(row, "answer")
+    return gqa(row["id"], require_field(row, "question"), image, (answer,) if answer else ())
 
 
 def _vizwiz(row: Row, image: Any, index: int, where: EvaluationSet) -> VisualQuestion:
     number = str(row["question_id"])
     # the hub's ids are the files' names without their ending
     name = number if number.endswith(".jpg") else f"{number}.jpg"
-    return vizwiz(number, row["question"], image, answer_texts(row.get("answers")), name)
+    return vizwiz(number, require_field(row, "question"), image, answer_texts(row.get("answers")), name)
 
 
 def _scienceqa(row: Row, image: Any, index: int, where: EvaluationSet) -> VisualQuestion:
     # the hub's rows have no id
-    return scienceqa(index, row["question"], image, row["choices"], row["answer"], row.get("hint"))
+    question, hint = require_field(row, "question"), optional_text(row, "hint")
+    return scienceqa(index, question, image, row["choices"], row["answer"], hint)
 
 
 def _textvqa(row: Row, image: Any, index: int, where: EvaluationSet) -> VisualQuestion:
-    tokens = row["ocr_tokens"] if where.ocr_tokens else None
+    tokens = require_texts(row, "ocr_tokens", least=0) if where.ocr_tokens else None
     answers = answer_texts(row.get("answers"))
-    return textvqa(row["question_id"], row["question"], image, answers, row["image_id"], tokens)
+    return textvqa(row["question_id"], require_field(row, "question"), image, answers, row["image_id"], tokens)
 
 
 def _pope(row: Row, image: Any, index: int, where: EvaluationSet) -> VisualQuestion:
     # the config "Full" has a split for each category, and there the column may be missing
     category = row.get("category") or (where.split if where.split in POPE_CATEGORIES else None)
-    return pope(row["question_id"], row["question"], image, row["answer"], str(row.get("image_source", "")), category)
+    question, name = require_field(row, "question"), str(row.get("image_source", ""))
+    return pope(row["question_id"], question, image, row["answer"], name, category)
 
 
 def _mmbench(row: Row, image: Any, index: int, where: EvaluationSet) -> VisualQuestion:

@@ -114,7 +114,7 @@ def scienceqa(
     question_id: Any,
     question: str,
     image: Any,
-    choices: Sequence[str],
+    choices: Any,
     answer: Any,
     hint: str | None = None,
     text: str | None = None,
@@ -122,13 +122,14 @@ def scienceqa(
     """A question of ScienceQA, half of which have no image; ``answer`` is the index of the right choice.
 
     Raises:
-        ValueError: The answer is none of the choices, or there are fewer than two.
+        ValueError: The choices are no list of two texts or more, or the answer is none of them.
     """
-    choices = list(choices)
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f"field 'choices' must be a list of texts, found {choices!r:.80}")
     if not 2 <= len(choices) <= len(_LETTERS):
-        raise ValueError(f"field 'choices' must hold 2 to {len(_LETTERS)} texts, found {choices!r}")
-    if not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise ValueError(f"field 'answer' must be the index of one of {len(choices)} choices, found {answer!r}")
+        raise ValueError(f"field 'choices' must hold 2 to {len(_LETTERS)} texts, found {len(choices)}: {choices!r:.80}")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise ValueError(f"field 'answer' must be the index of one of {len(choices)} choices, found {answer!r:.80}")
     context = f"Context: {hint}\n" if hint else ""
     letters = tuple(_LETTERS[: len(choices)])
     return VisualQuestion(
@@ -184,8 +185,11 @@ def mmbench(columns: Row, image: Any) -> VisualQuestion:
     """
     try:
         index = int(columns["index"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"column 'index' must be a number, found {columns.get('index')!r}") from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"column 'index' must be a number, found {columns.get('index')!r:.80}") from error
+    for name in ("question", "hint", "answer", *"ABCD"):
+        if not _is_none(columns.get(name)) and not isinstance(columns[name], str):
+            raise ValueError(f"column {name!r} must be text, found {columns[name]!r:.80} at index {index}")
     question = columns.get("question")
     if _is_none(question):
         raise ValueError(f"column 'question' is empty at index {index}")

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dora_lightning.messages import check_whole
+
 DATASETS = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mmbench")
 """The evaluation sets, in the order of the paper's table."""
 
@@ -48,6 +50,10 @@ class EvaluationSet:
     hub_path: str | None = None
     split: str | None = None
     limit: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the number."""
+        check_whole(1, none="the datamodule's", limit=self.limit)
 
 
 HUB_SETS = {

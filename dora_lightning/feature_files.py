@@ -147,7 +147,7 @@ class FeatureFolder:
                 f"{self.path}: no features of {name!r}; looked for {', '.join(name + suffix for suffix in SUFFIXES)}"
             )
         if len(found) > 1:
-            raise ValueError(f"{self.path}: more than one file has features of {name!r}: {', '.join(map(str, found))}")
+            raise ValueError(f"{self.path}: {len(found)} files have features of {name!r}: {found[0]}, {found[1]}")
         return found[0]
 
 

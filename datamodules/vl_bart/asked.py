@@ -18,6 +18,7 @@ from datamodules.vl_bart.encoding import AskedCollator, AskedDataset, EncodedAsk
 from datamodules.vl_bart.records import Asked
 from datamodules.vl_bart.truncation import Truncation
 from datamodules.vl_bart.visuals import Visuals
+from dora_lightning.messages import check_whole
 from dora_lightning.open_clip_tower import CLIP_MEAN, CLIP_STD, OpenClipVision, build_tower
 from dora_lightning.vl_bart import VLBartConfig, VLBartParts, load_vl_bart_tokenizer, resolve_vl_bart
 
@@ -57,6 +58,7 @@ class AskedDataModule(SampledDataModule):
         on_bad_row: OnBadRow = "raise",
     ) -> None:
         super().__init__(eval_batch_size, num_workers, seed)
+        check_whole(1, batch_size=batch_size)
         self.model_name = tokenizer
         self.batch_size = batch_size
         self.truncation: Truncation = truncation

@@ -7,6 +7,7 @@ from datamodules.vl_bart.asked import AskedDataModule
 from datamodules.vl_bart.easy_vqa_rows import read_easy_vqa
 from datamodules.vl_bart.records import Asked
 from datamodules.vl_bart.visuals import VisualFiles, Visuals
+from dora_lightning.messages import check_whole
 from dora_lightning.vl_bart import VLBartParts
 
 _SOURCES = ("easy_vqa", "easy_vqa_shape", "easy_vqa_color", "easy_vqa_yes_no")
@@ -56,6 +57,11 @@ class VLBartEasyVQADataModule(AskedDataModule):
             num_workers=num_workers,
             seed=seed,
         )
+        check_whole(
+            1, none="all", train_images=train_images, questions_per_image=questions_per_image, test_size=test_size
+        )
+        check_whole(0, val_images=val_images)
+        check_whole(0, none="all", val_size=val_size)
         self.rows = {
             "train_images": train_images,
             "questions_per_image": questions_per_image,

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from datamodules.loading import Stage
-from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, require_field
+from datamodules.rows import OnBadRow, Row, convert_file, convert_rows, require_field, require_id
 from datamodules.subsets import drawn
 from datamodules.vl_bart.image_sets import COCOCaptionFiles, GQAFiles, ImageSet, NLVR2Files, VQAv2Files
 from datamodules.vl_bart.records import Asked
@@ -64,9 +64,7 @@ def read_gqa(where: GQAFiles, split: Stage, seed: int = 42, on_bad_row: OnBadRow
     """GQA: one row per question, whose label is its one answer."""
 
     def convert(row: Row) -> Asked:
-        number = row.get("question_id")
-        if isinstance(number, bool) or not isinstance(number, int | str) or number == "":
-            raise ValueError(f"field 'question_id' must be text, found {number!r}")
+        number = require_id(row, "question_id")
         question, answers = require_field(row, "sent"), _label(row)
         return Asked(
             source="gqa",
@@ -122,8 +120,8 @@ def read_coco_captions(
     """COCO captions: one row per caption to train on, one per image to evaluate; ``restval`` is trained on."""
 
     def convert(row: Row) -> list[Asked]:
-        if row.get("split") not in _KARPATHY:
-            raise ValueError(f"field 'split' must be one of {', '.join(_KARPATHY)}, found {row.get('split')!r}")
+        if require_field(row, "split") not in _KARPATHY:
+            raise ValueError(f"field 'split' must be one of {', '.join(_KARPATHY)}, found {row['split']!r:.80}")
         if _KARPATHY[row["split"]] != split:
             return []
         name, number, sentences = require_field(row, "filename"), row.get("cocoid"), row.get("sentences")

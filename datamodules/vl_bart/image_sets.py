@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from datamodules.loading import Stage
+from dora_lightning.messages import check_whole
 
 SPLITS: tuple[Stage, ...] = ("train", "validate", "test")
 
@@ -33,9 +34,7 @@ class ImageSet:
         """Check the values."""
         if self.prompts not in ("published", "none"):
             raise ValueError(f"prompts must be 'published' or 'none', found {self.prompts!r}")
-        for name, limit in (("limit_train", self.limit_train), ("limit_eval", self.limit_eval)):
-            if limit is not None and (not isinstance(limit, int) or limit < 1):
-                raise ValueError(f"{name} must be at least 1, or null for all, found {limit!r}")
+        check_whole(1, none="all", limit_train=self.limit_train, limit_eval=self.limit_eval)
         for name in SPLITS:
             self._check_names(name)
 

@@ -8,6 +8,7 @@ from datamodules.moving_shapes_files import FORMAT, MovingQuestion, make_moving_
 from datamodules.vl_bart.asked import AskedDataModule
 from datamodules.vl_bart.records import Asked
 from datamodules.vl_bart.visuals import VisualFiles, Visuals
+from dora_lightning.messages import check_whole
 from dora_lightning.model_cache import cache_folder
 from dora_lightning.vl_bart import VLBartParts
 
@@ -64,6 +65,8 @@ class MovingShapesDataModule(AskedDataModule):
             num_workers=num_workers,
             seed=seed,
         )
+        check_whole(3, train_videos=train_videos, val_videos=val_videos, test_videos=test_videos)
+        check_whole(1, frames=frames)
         for kind in shuffled:
             if kind not in KINDS:
                 raise ValueError(f"shuffled: unknown kind of question {kind!r}; there are {', '.join(KINDS)}")

@@ -12,6 +12,7 @@ from torch import Tensor
 from dora_lightning.feature_files import FeatureFolder
 from dora_lightning.feature_rows import GRID_ROWS, VIDEO_EVERY, VIDEO_ROWS, fit_rows, pool_grid
 from dora_lightning.images import check_image, open_image
+from dora_lightning.messages import check_real, check_whole
 from dora_lightning.open_clip_tower import scaled_pixels
 from dora_lightning.videos import VIDEO_SUFFIXES, check_video, read_frames, sample_times, video_info
 
@@ -48,6 +49,9 @@ class VisualFiles:
 
     def __post_init__(self) -> None:
         """Check what goes together."""
+        check_whole(1, none="all rows", grid_rows=self.grid_rows, video_rows=self.video_rows)
+        check_whole(1, none="frames at a distance", frames=self.frames)
+        check_real(above=0, none="a number of frames", every=self.every)
         given = [name for name in ("features", "images", "videos") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of features, images and videos, found {' and '.join(given)}")
@@ -144,10 +148,13 @@ class Visuals:
         folder = self.files.videos if self.of_videos else self.files.images
         if folder is None:
             return name
-        if name not in self._paths:
+        found = self._paths.get(name, [])
+        if not found:
             kind = "video" if self.of_videos else "image"
             raise ValueError(f"no {kind} {name!r} in {folder}")
-        return self._paths[name]
+        if len(found) > 1:
+            raise ValueError(f"two files for {name!r}: {found[0]} and {found[1]}")
+        return found[0]
 
     @property
     def _every(self) -> float | None:
@@ -167,14 +174,13 @@ class Visuals:
         return FeatureFolder(self.files.features)
 
     @cached_property
-    def _paths(self) -> dict[str, str]:
+    def _paths(self) -> dict[str, list[str]]:
+        """Id -> its files; more than one is an error where it is asked for."""
         folder = self.files.videos if self.of_videos else self.files.images
         suffixes = VIDEO_SUFFIXES if self.of_videos else _IMAGE_SUFFIXES
         assert folder is not None
-        paths: dict[str, str] = {}
+        paths: dict[str, list[str]] = {}
         for path in sorted(Path(folder).rglob("*")):
             if path.suffix.lower() in suffixes:
-                if path.stem in paths:
-                    raise ValueError(f"two files for {path.stem!r}: {paths[path.stem]} and {path}")
-                paths[path.stem] = str(path)
+                paths.setdefault(path.stem, []).append(str(path))
         return paths

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from dora_lightning.adapters.patterns import matches
+from dora_lightning.messages import check_real, check_whole
 
 METHODS = ("dora", "lora", "vera", "dvora", "magnitude", "full")
 NORM_AXES = ("out", "in")
@@ -88,11 +89,11 @@ class AdapterConfig:
         """Check every value."""
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        _check_rank("rank", self.rank)
-        if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"alpha must be greater than 0, or null for twice the rank, got {self.alpha!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        check_whole(1, rank=self.rank)
+        check_real(above=0, none="twice the rank", alpha=self.alpha)
+        check_real(0, below=1, dropout=self.dropout)
+        check_real(d_initial=self.d_initial)
+        check_whole(0, projection_seed=self.projection_seed)
         if self.norm_axis not in NORM_AXES:
             raise ValueError(f"norm_axis must be 'out' or 'in', got {self.norm_axis!r}")
         if not self.target_modules:
@@ -101,11 +102,10 @@ class AdapterConfig:
             _check_patterns(name, getattr(self, name))
         if self.init not in INITS[:-2] + INITS[-1:] and not re.fullmatch(r"pissa_niter_\d+", self.init):
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {self.init!r}")
-        for pattern, rank in self.rank_pattern.items():
-            _check_rank(f"rank_pattern: {pattern}", rank)
-        for pattern, alpha in self.alpha_pattern.items():
-            if not alpha > 0:
-                raise ValueError(f"alpha_pattern: {pattern} must be greater than 0, got {alpha!r}")
+        ranks: dict[str, Any] = {f"rank_pattern: {pattern}": rank for pattern, rank in self.rank_pattern.items()}
+        check_whole(1, **ranks)
+        alphas: dict[str, Any] = {f"alpha_pattern: {pattern}": alpha for pattern, alpha in self.alpha_pattern.items()}
+        check_real(above=0, **alphas)
         for name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, name):
                 _check_patterns(name, pattern)
@@ -164,11 +164,6 @@ def outside(parts: Sequence[str], excluded: str | list[str]) -> str:
     if isinstance(excluded, str):
         return rf"{excluded}|{rest}"
     return "|".join([*(rf"(?:.*\.)?{re.escape(name)}" for name in excluded), rest])
-
-
-def _check_rank(name: str, rank: object) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {rank!r}")
 
 
 def _check_patterns(option: str, patterns: str | list[str]) -> None:

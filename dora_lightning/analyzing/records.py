@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from dora_lightning.adapters.analysis import Correlation, WeightChange, correlation
 from dora_lightning.files import json_lines, json_rows, write_text_atomically
@@ -125,6 +126,22 @@ def drop_half_line(path: Path) -> None:
         file.truncate(0)
 
 
+def _check(record: Record) -> None:
+    for names, kinds in _KINDS.items():
+        for name in names:
+            value = getattr(record, name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r:.80}")
+
+
+_KINDS: dict[tuple[str, ...], Any] = {
+    ("step",): int,
+    ("module", "type", "method"): str,
+    ("layer",): int | None,
+    ("delta_m", "delta_d"): int | float,
+}
+
+
 def read_records(path: Path) -> list[Record]:
     """Read what :func:`write_records` wrote.
 
@@ -144,7 +161,7 @@ def read_records(path: Path) -> list[Record]:
             if isinstance(row, ValueError):
                 raise row
             record = Record(**row)
-            float(record.delta_m), float(record.delta_d), int(record.step)
+            _check(record)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, {place}: expected a JSON object with {names}: {error}") from error
         records.append(record)

@@ -121,7 +121,7 @@ def _question(row: dict[str, Any]) -> Question:
         field(row, "question_id", int, "a number"),
         field(row, "category", str, "text"),
         texts(row.get("turns"), "turns"),
-        texts(row["reference"], "reference") if row.get("reference") else (),
+        texts(row["reference"], "reference") if row.get("reference") not in (None, []) else (),
     )
 
 
@@ -131,4 +131,6 @@ def _answer(row: dict[str, Any]) -> dict[str, Any]:
     if not choices or not isinstance(choices[0], dict):
         raise ValueError(f"field 'choices' must be a list of objects, found {choices!r:.80}")
     texts(choices[0].get("turns"), "choices[0].turns")
+    if not isinstance(row.get("model_id", ""), str):
+        raise ValueError(f"field 'model_id' must be text, found {row['model_id']!r:.80}")
     return row

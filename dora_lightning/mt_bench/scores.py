@@ -104,6 +104,9 @@ def _judgment(row: dict[str, Any]) -> dict[str, Any]:
     score = row.get("score")
     if isinstance(score, bool) or not isinstance(score, (int, float)):
         raise ValueError(f"field 'score' must be a number, found {score!r:.80}")
+    judge = row.get("judge", [])
+    if not isinstance(judge, list) or not all(isinstance(name, str) for name in judge):
+        raise ValueError(f"field 'judge' must be the list of a model and a prompt, found {judge!r:.80}")
     if not LOWEST_RATING <= score <= HIGHEST_RATING:
         row = row | {"score": NO_SCORE}  # other programs take whatever number the judge wrote
     return row

@@ -183,7 +183,7 @@ def _prompt_of(row: Any, place: str) -> str:
     if isinstance(row, ValueError):
         raise ValueError(f"{place}: {row}")
     prompt = row.get("prompt") if isinstance(row, dict) else None
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not isinstance(prompt, str):
         raise ValueError(f'{place}: expected a JSON object with text in the field "prompt", found {row!r:.80}')
     return prompt
 

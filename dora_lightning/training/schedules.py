@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dora_lightning.messages import check_real, check_whole
+
 DECAYS = ("linear", "cosine", "constant")
 
 
@@ -42,6 +44,8 @@ class WarmupDecay(LRScheduler):
         total_steps: int | None = None,
         last_epoch: int = -1,
     ) -> None:
+        check_real(0, warmup=warmup)
+        check_whole(1, none="that of the run", total_steps=total_steps)
         if warmup < 0 or (warmup >= 1 and warmup != int(warmup)):
             raise ValueError(f"warmup must be a share in [0, 1) or a whole number of steps, got {warmup!r}")
         if decay not in DECAYS:
