@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_lightning.files import write_text_atomically
+from dora_lightning.files import json_bytes, write_bytes_atomically
 
 RESULT_FILE = "result.json"
 """Written when a fit has finished; a run folder without it was interrupted."""
@@ -39,7 +39,7 @@ def unfinished_run(root: Path) -> tuple[int, Path] | None:
 def write_result(folder: Path, name: str, content: Mapping[str, Any]) -> None:
     """Write a JSON file of results into a run folder, all of it or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(folder / name, json.dumps(content, indent=2) + "\n")
+    write_bytes_atomically(folder / name, json_bytes(content, indent=2) + b"\n")
 
 
 def read_result(folder: Path, name: str) -> dict[str, Any] | None:

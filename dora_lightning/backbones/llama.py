@@ -20,7 +20,7 @@ from dora_lightning.backbones.causal_lm import (
     supervised_loss,
 )
 from dora_lightning.backbones.kept_outputs import reuse_outputs
-from dora_lightning.pretrained import load_causal_lm, load_tokenizer
+from dora_lightning.pretrained import checked_dtype, load_causal_lm, load_tokenizer
 from dora_lightning.task import Task
 
 
@@ -45,6 +45,8 @@ class DoRALlama(Backbone):
             folder's safetensors straight into each process's shards, so that no process ever holds the whole base.
         quantization: quantise the linear layers of the base while it is loaded (QDoRA): ``nf4``, ``nf4-dq`` (the scales
             too, as QLoRA does), ``fp4``, ``fp4-dq``, ``int8``, ``torchao-int8`` or ``torchao-int4``; null for not.
+        on_nonfinite: before an optimizer step whose loss or gradient is NaN or infinite, ``raise`` stops the run and
+            names the batch, ``skip`` leaves the step out and warns, ``ignore`` does not look.
     """
 
     def __init__(
@@ -60,9 +62,10 @@ class DoRALlama(Backbone):
         gradient_checkpointing: bool = False,
         meta_device: bool = False,
         quantization: str | None = None,
+        on_nonfinite: str = "raise",
     ) -> None:
-        super().__init__(model_name_or_path, adapter, optimizer, lr_scheduler, task, judge_in_validation)
-        self.base_dtype = dtype
+        super().__init__(model_name_or_path, adapter, optimizer, lr_scheduler, task, judge_in_validation, on_nonfinite)
+        self.base_dtype = checked_dtype(dtype)
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         # not a hyperparameter: what loads a checkpoint later wants the weights

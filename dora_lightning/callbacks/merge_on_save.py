@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -34,7 +35,7 @@ class MergeOnSave(Callback):
 
     Args:
         when: ``checkpoint`` for every checkpoint that is kept, ``best`` or ``last`` for that one alone, or ``fit_end``
-            for one folder at the end of the fit.
+            for one folder at the end of the fit. A checkpoint whose score is NaN is not the best.
         dirpath: folder for ``fit_end``; ``merged`` in the run's log folder if not given. One from before is replaced.
         base: folder or hub id of the base model; by default what the adapted model was loaded from.
 
@@ -93,7 +94,7 @@ class MergeOnSave(Callback):
     def _checkpoints(self, trainer: Trainer) -> tuple[list[Path], list[Path]]:
         """Checkpoints to merge, and all that are kept."""
         callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-        best = [callback.best_model_path for callback in callbacks]
+        best = [callback.best_model_path for callback in callbacks if _has_a_score(callback)]
         last = [callback.last_model_path for callback in callbacks]
         top = [path for callback in callbacks for path in callback.best_k_models]
         kept = [*best, *last, *top]
@@ -115,6 +116,12 @@ class MergeOnSave(Callback):
             merge_to_folder(base, adapter, folder, overwrite=True)
             rank_zero_info(f"Merged model: {folder}")
         trainer.strategy.barrier("merge")
+
+
+def _has_a_score(callback: ModelCheckpoint) -> bool:
+    """Whether the best checkpoint is the best: the first one is, to Lightning, even where its score is NaN."""
+    score = callback.best_model_score
+    return callback.monitor is None or score is None or math.isfinite(float(score))
 
 
 def _paths(names: list[str]) -> list[Path]:

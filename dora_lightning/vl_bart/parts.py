@@ -27,7 +27,7 @@ from transformers import (
 
 from dora_lightning.model_cache import cache_folder, cached, digest, file_stamp
 from dora_lightning.open_clip_tower import OpenClipVision, build_tower
-from dora_lightning.pretrained import not_loaded, resolve_pretrained
+from dora_lightning.pretrained import checked_dtype, not_loaded, resolve_pretrained
 from dora_lightning.vl_bart.model import VLBart, VLBartConfig
 
 _READ = (".bin", ".json", ".model", ".safetensors", ".txt")  # weights, configs and tokenizers
@@ -113,7 +113,9 @@ def load_vl_bart(name: str | VLBartParts, dtype: str = "auto", attn_implementati
         dtype: ``auto`` for the dtype the weights are stored in, or ``float32``, ``bfloat16``, ``float16``.
         attn_implementation: handed to ``transformers``.
     """
-    return VLBart.from_pretrained(resolve_vl_bart(name), dtype=dtype, attn_implementation=attn_implementation)
+    return VLBart.from_pretrained(
+        resolve_vl_bart(name), dtype=checked_dtype(dtype), attn_implementation=attn_implementation
+    )
 
 
 def load_vl_bart_tokenizer(name: str | VLBartParts) -> PreTrainedTokenizerBase:
