@@ -92,5 +92,5 @@ def test_hub_rows_without_a_column_or_an_answer() -> None:
         parse_hub_row({"goal": "a", "sol1": "b"}, "piqa")
     with pytest.raises(ValueError, match="must be one of its 2 options, found number 0"):
         parse_hub_row({**HUB_ROWS["piqa"], "label": -1}, "piqa")
-    with pytest.raises(ValueError, match="invalid literal"):
+    with pytest.raises(ValueError, match="column 'label' must be the number of the answer"):
         parse_hub_row({**HUB_ROWS["hellaswag"], "label": ""}, "hellaswag")

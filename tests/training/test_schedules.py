@@ -85,7 +85,7 @@ def test_state_loads_with_weights_only(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"warmup": -1}, "share in"),
+        ({"warmup": -1}, "share in|number of at least 0"),
         ({"warmup": 1.5}, "whole number of steps, got 1.5"),
         ({"decay": "sudden"}, "linear, cosine, constant, got 'sudden'"),
     ],
