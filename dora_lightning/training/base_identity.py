@@ -19,11 +19,12 @@ from torch.distributed.tensor import DTensor
 from dora_lightning.adapters.quantized import is_quantized, packed_tensors, row_slabs, scheme_of
 from dora_lightning.training.stored_names import base_name, stored_names
 from dora_lightning.training.weight_digests import (
-    PartialDigest,
-    digest_of,
+    columns_of,
+    digest_of_rows,
     digests_of,
     project,
     same_but_for_rounding,
+    whole_digest,
 )
 
 _SAMPLES = 8
@@ -115,56 +116,39 @@ class StreamedIdentity:
         self._name = name
         self._stored = dict(stored)
         self._dtypes = dict(dtypes)
-        self._sums: dict[str, int] = {}
-        self._values: dict[str, dict[int, float]] = {}
-        self._digests: dict[str, PartialDigest] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._projections: dict[str, Tensor] = {}
+        self._parts: dict[str, list[tuple[Any, ...]]] = {}
 
     def add(self, key: str, piece: Tensor, first: int, numel: int) -> None:
         """Add whole rows of the weight ``key``, which has ``numel`` elements, from its element ``first`` on."""
         flat = piece.detach().reshape(-1)
         step = _sample_step(numel)
-        values = self._values.setdefault(key, {})
+        values: dict[int, float] = {}
         for position in range(-(-first // step), _SAMPLES):
             if position * step >= min(numel, first + len(flat)):
                 break
             values[position] = float(flat[position * step - first])
-        self._sums[key] = self._sums.get(key, 0) + _checksum_of_piece(flat, first, numel)
-        row = piece[0].numel() if piece.ndim and len(piece) else 1
-        if key not in self._digests:
-            self._shapes[key] = (numel // row, *piece.shape[1:]) if piece.ndim else ()
-            self._digests[key] = PartialDigest(self._dtypes[key])
-            self._projections[key] = torch.zeros(())
-        self._digests[key].add(flat, first)
-        self._projections[key] = self._projections[key] + project(flat, first, row)
+        columns = columns_of(piece.shape)
+        shape = (numel // columns, *piece.shape[1:]) if piece.ndim else ()
+        checksum = _checksum_of_piece(flat, first, numel)
+        digest, projections = digest_of_rows(flat, first, columns), project(flat, first, columns).tolist()
+        self._parts.setdefault(key, []).append((shape, checksum, values, digest, projections))
 
-    def parts(self) -> dict[str, Any]:
-        """What this process has added, to be sent to the others."""
-        return {
-            key: (
-                self._sums[key],
-                self._values[key],
-                self._shapes[key],
-                digest.part(),
-                self._projections[key],
-            )
-            for key, digest in self._digests.items()
-        }
+    def parts(self) -> dict[str, list[tuple[Any, ...]]]:
+        """What this process has added of each weight, to be sent to the others."""
+        return self._parts
 
-    def whole(self, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def whole(self, parts: Sequence[dict[str, list[tuple[Any, ...]]]]) -> dict[str, Any]:
         """The identity, from the parts of all processes."""
         identity = _empty_identity(self._name) | {"stored_names": self._stored}
         for key, dtype in self._dtypes.items():
-            held = [part[key] for part in parts if key in part]
-            sums, values, shapes, digests, projections = zip(*held, strict=True)
-            shape = shapes[0]
+            pieces = [piece for part in parts for piece in part.get(key, ())]
+            shapes, checksums, values, digests, projections = zip(*pieces, strict=True)
             # wraps around as the sum of 64-bit numbers does
-            identity["checksums"][key] = (sum(sums) + 2**63) % 2**64 - 2**63
+            identity["checksums"][key] = (sum(checksums) + 2**63) % 2**64 - 2**63
             identity["samples"][key] = _as_samples({place: value for some in values for place, value in some.items()})
             identity["dtypes"][key] = str(dtype)
-            identity["digests"][key] = PartialDigest(dtype).whole(shape, digests)
-            identity["projections"][key] = sum(projections).tolist()
+            identity["digests"][key] = whole_digest(dtype, shapes[0], digests)
+            identity["projections"][key] = [sum(some) for some in zip(*projections, strict=True)]
         return identity
 
 
@@ -176,15 +160,11 @@ def _identity(weights: Mapping[str, Tensor], name: str) -> dict[str, Any]:
     return {
         "name": name,
         "digests": digests_of(weights),
-        "projections": {key: project(weight, 0, _columns(weight)).tolist() for key, weight in weights.items()},
+        "projections": {key: project(weight, 0, columns_of(weight.shape)).tolist() for key, weight in weights.items()},
         "dtypes": {key: str(weight.dtype) for key, weight in weights.items()},
         "checksums": {key: _checksum(weight) for key, weight in weights.items()},
         "samples": {key: _sample(weight) for key, weight in weights.items()},
     }
-
-
-def _columns(weight: Tensor) -> int:
-    return weight[0].numel() if weight.ndim > 1 and len(weight) else 1
 
 
 def _add_quantized(identity: dict[str, Any], key: str, module: Any) -> None:
@@ -201,7 +181,9 @@ def _add_quantized(identity: dict[str, Any], key: str, module: Any) -> None:
     identity["samples"][key] = torch.tensor(values, device="cpu")
     packed = packed_tensors(module)
     identity["checksums"][key] = sum(_checksum(tensor) for tensor in packed)
-    identity["digests"][key] = hashlib.sha256("".join(map(digest_of, packed)).encode()).hexdigest()
+    # a vector: some libraries store rows of one byte, others of many
+    vectors = {str(number): tensor.reshape(-1) for number, tensor in enumerate(packed)}
+    identity["digests"][key] = hashlib.sha256(repr(digests_of(vectors)).encode()).hexdigest()
     identity["projections"][key] = projections.tolist()
     scheme = scheme_of(module)
     identity["dtypes"][key] = f"{scheme['scheme']} from {scheme['dtype']} on {scheme['device']}"

@@ -7,7 +7,7 @@ from the safetensors files, which can be read in part. An unsharded model (one d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from dora_lightning.training.stored_names import base_name, stored_names
 
 # rows are read and converted this many elements at a time
 _PIECE = 2**24
+# weights whose digests are gathered at a time
+_GATHERED = 4
 
 
 def awaits_weights(module: nn.Module) -> bool:
@@ -108,7 +110,7 @@ def stream_weights(
                         norms_sq[id(tensor)].append(weight_norm_sq(used if by_row[id(tensor)] else used.T))
     for layer in adapters:
         _start(layer, norms_sq.get(id(layer.weight), []))
-    return identity.whole(_gathered(identity.parts(), mesh))
+    return identity.whole(_gathered(identity.parts(), dtypes, mesh))
 
 
 def _sources(model: nn.Module, folder: Path, stored: Mapping[str, str]) -> dict[Path, dict[str, str]]:
@@ -211,9 +213,16 @@ def _summed(norms_sq: list[Tensor], weight: Tensor, values: Tensor) -> Tensor:
     return total
 
 
-def _gathered(part: Any, mesh: DeviceMesh | None) -> list[Any]:
+def _gathered(part: dict[str, Any], keys: Iterable[str], mesh: DeviceMesh | None) -> list[dict[str, Any]]:
+    """What each process has of ``keys``, a few of them at a time."""
     if mesh is None:
         return [part]
-    parts: list[Any] = [None] * mesh.size()
-    dist.all_gather_object(parts, part, group=mesh.get_group())
+    parts: list[dict[str, Any]] = [{} for _ in range(mesh.size())]
+    names = sorted(keys)
+    for start in range(0, len(names), _GATHERED):
+        some: list[Any] = [None] * mesh.size()
+        own = {key: part[key] for key in names[start : start + _GATHERED] if key in part}
+        dist.all_gather_object(some, own, group=mesh.get_group())
+        for whole, piece in zip(parts, some, strict=True):
+            whole |= piece
     return parts

@@ -1,13 +1,15 @@
 """What tells a weight from any other: a digest of its bits, and projections that survive rounding to another dtype.
 
-Both can be made of a weight that is never whole anywhere. Its bytes are hashed in chunks of a fixed size, counted from
-its start, and its digest is that of dtype, shape and all chunks in order. Its projections are ``r_k^T W c_k`` with
-signs ``r_k [rows]`` and ``c_k [columns]`` that depend on nothing but their places: sums over the rows, which add up.
+Both can be made of a weight that is never whole anywhere, since both add up over its rows. The digest is that of dtype,
+shape and a sum modulo 2^256: of the SHA-256 of each row's number and bytes. (Rows of a few bytes, those of a vector
+above all, are hashed together: processes hand on the bytes.) The projections are ``r_k^T W c_k`` with signs
+``r_k [rows]`` and ``c_k [columns]`` that depend on nothing but their places.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,89 +17,59 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-_CHUNK = 2**16  # bytes
-_SLAB = 2**26  # bytes that are brought from a GPU at a time
-_ELEMENTS = 2**22  # that are brought to fp32 at a time
+_NARROW = 64  # bytes
+_SLAB = 2**24  # elements that are brought from a GPU, or to fp32, at a time
 PROJECTIONS = 8
+PartialDigest = tuple[int, dict[int, bytes]]
+"""What the rows of one process add to a digest: a sum, or the bytes of narrow rows by their place."""
 
 
-class PartialDigest:
-    """The digest of a weight of which this process adds some elements, in the order in which they stand.
+def digest_of_rows(piece: Tensor, first: int, columns: int) -> PartialDigest:
+    """What whole rows add to a digest.
 
     Args:
-        dtype: of the weight.
+        piece: whole rows, on any device.
+        first: place of their first element in the flattened weight.
+        columns: elements of a row.
     """
+    flat = piece.detach().reshape(-1)
+    size = flat.element_size()
+    width = columns * size
+    if width < _NARROW:
+        return 0, {first: _bytes_of(flat).tobytes()} if len(flat) else {}
+    total = 0
+    step = max(1, _SLAB // columns) * columns
+    for slab in flat.split(step):
+        content = _bytes_of(slab)
+        for number in range(len(slab) // columns):
+            row = hashlib.sha256(b"%d:" % (first // columns + number))
+            row.update(content[number * width : (number + 1) * width])
+            total += int.from_bytes(row.digest(), "little")
+        first += len(slab)
+    return total % 2**256, {}
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._chunks: dict[int, bytes] = {}
-        self._open = bytearray()
-        self._open_at = 0
-        self._borders: dict[int, bytes] = {}
 
-    def add(self, piece: Tensor, first: int) -> None:
-        """Add elements ``first, first + 1, ...`` of the flattened weight."""
-        flat = piece.detach().reshape(-1)
-        start = first * flat.element_size()
-        for slab in flat.split(max(1, _SLAB // flat.element_size())):
-            content = slab.contiguous().cpu().view(torch.uint8).numpy().data
-            self._add_bytes(content, start)
-            start += len(content)
-
-    def _add_bytes(self, content: memoryview, start: int) -> None:
-        if self._open and self._open_at + len(self._open) != start:
-            self._close()
-        position = 0
-        while position < len(content):
-            at = start + position
-            end = min(len(content), position + _CHUNK - at % _CHUNK)
-            if at % _CHUNK == 0 and end - position == _CHUNK:
-                self._chunks[at // _CHUNK] = hashlib.sha256(content[position:end]).digest()
-            else:
-                if not self._open:
-                    self._open_at = at
-                self._open += content[position:end]
-                if (at + end - position) % _CHUNK == 0:
-                    self._close()
-            position = end
-
-    def _close(self) -> None:
-        """Hash the chunk that is open, or, where this process has only a part of it, keep that for :meth:`whole`."""
-        if not self._open:
-            return
-        if len(self._open) == _CHUNK:
-            self._chunks[self._open_at // _CHUNK] = hashlib.sha256(self._open).digest()
-        else:
-            self._borders[self._open_at] = bytes(self._open)
-        self._open = bytearray()
-
-    def part(self) -> tuple[dict[int, bytes], dict[int, bytes]]:
-        """What this process has added, to be sent to the others: digests of whole chunks, and pieces of others."""
-        self._close()
-        return self._chunks, self._borders
-
-    def whole(self, shape: Sequence[int], parts: Iterable[tuple[dict[int, bytes], dict[int, bytes]]]) -> str:
-        """The digest of the weight of that shape, from the parts of all processes."""
-        chunks: dict[int, bytes] = {}
-        pieces: dict[int, bytes] = {}
-        for some, borders in parts:
-            chunks |= some
-            pieces |= borders
-        rest: dict[int, bytearray] = {}
-        for start, content in sorted(pieces.items()):
-            rest.setdefault(start // _CHUNK, bytearray()).extend(content)
-        chunks |= {number: hashlib.sha256(content).digest() for number, content in rest.items()}
-        found = hashlib.sha256(f"{self._dtype} {tuple(shape)}".encode())
-        for number in sorted(chunks):
-            found.update(chunks[number])
-        return found.hexdigest()
+def whole_digest(dtype: torch.dtype, shape: Sequence[int], parts: Iterable[PartialDigest]) -> str:
+    """The digest of a weight from what all of its rows add to it: SHA-256, in hexadecimal."""
+    total = 0
+    narrow: dict[int, bytes] = {}
+    for some, content in parts:
+        total += some
+        narrow |= content
+    found = hashlib.sha256(f"{dtype} {tuple(shape)} {total % 2**256:x}".encode())
+    for first in sorted(narrow):
+        found.update(narrow[first])
+    return found.hexdigest()
 
 
 def digest_of(weight: Tensor) -> str:
-    """The digest of a whole weight, on any device: SHA-256, in hexadecimal."""
-    partial = PartialDigest(weight.dtype)
-    partial.add(weight, 0)
-    return partial.whole(weight.shape, [partial.part()])
+    """The digest of a whole weight, on any device."""
+    return whole_digest(weight.dtype, weight.shape, [digest_of_rows(weight, 0, columns_of(weight.shape))])
+
+
+def columns_of(shape: Sequence[int]) -> int:
+    """Elements of a row of a weight of that shape; a vector's rows are its elements."""
+    return max(1, math.prod(shape[1:]))
 
 
 def digests_of(weights: Mapping[str, Tensor]) -> dict[str, str]:
@@ -115,15 +87,15 @@ def project(piece: Tensor, first: int, columns: int) -> Tensor:
         first: place of their first element in the flattened weight.
         columns: elements of a row.
     """
-    rows = piece.detach().reshape(-1, max(1, columns))
-    number = first // max(1, columns)
-    down = _signs(len(rows), 1, number).to(rows.device, torch.float32)
+    rows = piece.detach().reshape(-1, columns)
+    number = first // columns
+    down = _signs(len(rows), 1, number).T.to(rows.device, torch.float32, memory_format=torch.contiguous_format)
     across = _signs(rows.shape[1], 2).to(rows.device, torch.float64)
     found = torch.zeros(PROJECTIONS + 1, dtype=torch.float64, device=rows.device)
-    step = max(1, _ELEMENTS // rows.shape[1])
+    step = max(1, _SLAB // rows.shape[1])
     for begin in range(0, len(rows), step):
         some = rows[begin : begin + step].float()
-        found[:-1] += ((down[begin : begin + step].T @ some).double() * across.T).sum(dim=1)
+        found[:-1] += ((down[:, begin : begin + step] @ some).double() * across.T).sum(dim=1)
         found[-1] += torch.linalg.vector_norm(some).double().square()
     return found.cpu()
 
@@ -134,6 +106,10 @@ def same_but_for_rounding(one: Sequence[float], other: Sequence[float], toleranc
     # a projection of what differs has the size of what differs, whatever that is
     difference = (ours - theirs)[:-1].square().mean().sqrt()
     return bool(difference <= tolerance * theirs[-1].sqrt() + 1e-12)
+
+
+def _bytes_of(flat: Tensor) -> memoryview:
+    return flat.contiguous().cpu().view(torch.uint8).numpy().data
 
 
 def _signs(count: int, seed: int, first: int = 0) -> Tensor:

@@ -19,7 +19,7 @@ def make_tower(**options: Any) -> CLIPVisionModel:
 
 
 def permuted(tower: CLIPVisionModel) -> CLIPVisionModel:
-    weight = tower.vision_model.encoder.layers[0].mlp.fc1.weight
+    (weight,) = (w for name, w in tower.named_parameters() if name.endswith("layers.0.mlp.fc1.weight"))
     weight.data = weight.data.flip(0)
     return tower
 

@@ -7,22 +7,33 @@ import random
 import pytest
 import torch
 
-from dora_lightning.training.weight_digests import PartialDigest, digest_of, project, same_but_for_rounding
+from dora_lightning.training import weight_digests
+from dora_lightning.training.weight_digests import (
+    columns_of,
+    digest_of,
+    digest_of_rows,
+    project,
+    same_but_for_rounding,
+    whole_digest,
+)
 
-CHUNK = 2**16
 TOLERANCE = 2.0**-7
 
 
 def by_hand(weight: torch.Tensor) -> str:
     content = weight.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    whole = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
-    for start in range(0, len(content), CHUNK):
-        whole.update(hashlib.sha256(content[start : start + CHUNK]).digest())
-    return whole.hexdigest()
+    rows = len(weight) if weight.ndim else 1
+    width, total = len(content) // max(1, rows), 0
+    if width >= 64:
+        for row in range(rows):
+            piece = f"{row}:".encode() + content[row * width : (row + 1) * width]
+            total += int(hashlib.sha256(piece).digest()[::-1].hex(), 16)
+        content = b""
+    return hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)} {total % 2**256:x}".encode() + content).hexdigest()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
-@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (300, 257), (16384,), (16385,), (2, 0)])
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (300, 257), (16385,), (2, 0), (7, 4, 3, 3), (5, 64)])
 def test_a_digest_is_that_of_the_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     weight = (torch.rand(shape) * 100).to(dtype)
     assert digest_of(weight) == by_hand(weight)
@@ -30,18 +41,25 @@ def test_a_digest_is_that_of_the_bytes(shape: tuple[int, ...], dtype: torch.dtyp
         assert digest_of(weight.T) == by_hand(weight.T)
 
 
-def test_however_it_is_cut_over_however_many_processes() -> None:
+@pytest.mark.parametrize("shape", [(700, 40), (700,), (700, 3)])
+def test_however_it_is_cut_over_however_many_processes(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_digests, "_SLAB", 1000)  # several slabs
     random_ = random.Random(0)
-    weight = torch.randn(70000).to(torch.bfloat16)
+    weight = torch.randn(shape).to(torch.bfloat16)
+    columns = columns_of(shape)
     for _ in range(20):
         cuts = sorted({0, len(weight), *(random_.randrange(len(weight)) for _ in range(random_.randrange(9)))})
-        processes = [PartialDigest(weight.dtype) for _ in range(3)]
-        for start, stop in itertools.pairwise(cuts):
-            random_.choice(processes).add(weight[start:stop], start)
-        parts = [process.part() for process in random_.sample(processes, 3)]
-        assert processes[0].whole(weight.shape, parts) == by_hand(weight)
-        # what is sent to the others is little: the digests, and the chunks that were cut
-        assert sum(len(piece) for _, borders in parts for piece in borders.values()) <= CHUNK * len(cuts)
+        pieces = [digest_of_rows(weight[a:b], a * columns, columns) for a, b in itertools.pairwise(cuts)]
+        random_.shuffle(pieces)
+        assert whole_digest(weight.dtype, weight.shape, pieces) == by_hand(weight)
+
+
+def test_rows_in_another_order_are_another_weight() -> None:
+    weight = torch.randn(64, 32)
+    swapped, cyclic, exchanged = weight.clone(), weight.roll(1, 0), weight.clone()
+    swapped[[3, 40]] = swapped[[40, 3]]
+    exchanged[0, 0], exchanged[0, 1] = weight[0, 1], weight[0, 0]
+    assert len({digest_of(weight), digest_of(swapped), digest_of(cyclic), digest_of(exchanged)}) == 4
 
 
 def test_dtype_and_shape_are_part_of_it() -> None:
