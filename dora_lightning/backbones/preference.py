@@ -52,7 +52,7 @@ class DoRALlamaDPO(DoRALlama):
 
     Beside the loss, training and validation log ``margin`` (mean reward of the preferred answer above the rejected
     one's), ``accuracy`` (share of pairs whose margin is above 0), and the mean rewards ``reward_chosen`` and
-    ``reward_rejected``.
+    ``reward_rejected``; in training these are of the last batch of the first process.
 
     Args:
         model_name_or_path: as in :class:`~dora_lightning.backbones.DoRALlama`.
