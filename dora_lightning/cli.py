@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import os
 import shlex
 import sys
@@ -14,9 +15,10 @@ from typing import Any
 
 from jsonargparse import auto_cli, get_loader, set_loader
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.console import Console
 from yaml import YAMLError
 
@@ -25,10 +27,12 @@ import dora_lightning.backbones
 import dora_lightning.callbacks
 from dora_lightning.analyzing.command import analyze
 from dora_lightning.backbones import Backbone
+from dora_lightning.backbones.backbone import NOT_TRAINED
 from dora_lightning.callbacks import DoRA, RunSummary
 from dora_lightning.callbacks.run_summary import run_files
 from dora_lightning.comparing import compare
 from dora_lightning.extract_features import extract_features
+from dora_lightning.failures import explain, keep_traceback
 from dora_lightning.files.yaml_limits import check_yaml
 from dora_lightning.mt_bench.commands import mt_bench, mt_bench_judge, mt_bench_scores
 from dora_lightning.offline import generate, merge
@@ -42,8 +46,8 @@ from dora_lightning.training.run_report import held_out_table
 from dora_lightning.training.stopping import StopOnSignal
 
 TRACEBACK_VARIABLE = "DORA_LIGHTNING_TRACEBACK"
-# what bad input raises; anything else is a bug, and its traceback is shown
-_EXPECTED_ERRORS = (ValueError, OSError, ImportError, MisconfigurationException)
+# of an error: the folder of the run that it ended
+_FOLDER = "_dora_lightning_run_folder"
 
 # jsonargparse's own, which "omegaconf+" uses as well
 _YAML_LOADER = get_loader("yaml")
@@ -213,6 +217,46 @@ class DoRACLI(LightningCLI):
         options = ("" if given.resume else " --resume true") + ("" if given.ckpt_path is None else " --ckpt_path null")
         return f"Go on from the last checkpoint of {self._start.folder} by: {command}{options}"
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Let an error know the run's folder, where its traceback is kept."""
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            # asking the Trainer for its log folder would wait for the other processes
+            setattr(error, _FOLDER, Path(self.trainer.default_root_dir))
+            raise
+
+    def before_validate(self) -> None:
+        """See that there is a checkpoint to load, or say that there is none."""
+        self._check_weights("validate")
+
+    def before_test(self) -> None:
+        """As :meth:`before_validate`."""
+        self._check_weights("test")
+
+    def before_predict(self) -> None:
+        """As :meth:`before_validate`."""
+        self._check_weights("predict")
+
+    def _check_weights(self, verb: str) -> None:
+        path = self.config[verb].ckpt_path
+        if path is None:
+            rank_zero_warn(f"{verb} without --ckpt_path: no checkpoint is loaded, and the model is {NOT_TRAINED}")
+        elif path == "last":
+            # Lightning would go on without
+            callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+            if not any(callback._find_last_checkpoints(self.trainer) for callback in callbacks):
+                raise ValueError(f"--ckpt_path last: there is none in this run's folder{self._newest_checkpoint()}")
+        elif path in ("best", "hpc"):
+            raise ValueError(f"--ckpt_path {path}: only a Trainer that has trained knows it{self._newest_checkpoint()}")
+
+    def _newest_checkpoint(self) -> str:
+        """What to give instead."""
+        root = self._start.root if self._start is not None else Path(self.trainer.default_root_dir)
+        found = root.glob("version_*/checkpoints/*.ckpt")
+        newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
+        return "; name the file" + (f", such as --ckpt_path {newest}" if newest else "")
+
     def before_fit(self) -> None:
         """Evaluate the model as it is, unless the run that goes on has done so."""
         if self.config.fit.test_after and isinstance(self.model, Backbone) and self.model.task is None:
@@ -222,7 +266,8 @@ class DoRACLI(LightningCLI):
             return
         before = self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)[0]
         if self.trainer.is_global_zero and folder is not None:
-            write_result(folder, BEFORE_FILE, before)
+            # an untrained model's perplexity may be infinite, which no table shows and JSON has no number for
+            write_result(folder, BEFORE_FILE, {name: value for name, value in before.items() if math.isfinite(value)})
 
     def test(self, **kwargs: Any) -> None:
         """Lightning's table of metrics is left out where a backbone prints one of its own."""
@@ -273,16 +318,25 @@ def _saved_before(folder: Path | None) -> dict[str, float] | None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point of the command: bad input is one message on standard error and exit code 1."""
+    """Entry point of the command: bad input is one message on standard error and exit code 1.
+
+    The traceback of any error is kept in a file, which the message names.
+    """
     try:
         _run(args)
-    except _EXPECTED_ERRORS as error:
+    except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        folder: Path | None = getattr(error, _FOLDER, None)
+        reason, kept = explain(error, folder), keep_traceback(error, folder)
+        where = "" if kept is None else f"the whole traceback: {kept}"
+        if reason is None:
+            print(where, file=sys.stderr)
             raise
         # exits as the uncaught exception would, so in a run of several processes Lightning ends the others as ever
         rank = os.environ.get("LOCAL_RANK", "0")
         process = "" if rank == "0" else f" in process {rank}"
-        sys.exit(f"dora-lightning: error{process}: {printable(_reason(error))}")
+        sys.exit(f"dora-lightning: error{process}: {printable(reason)}\n{where}".rstrip())
 
 
 def _run(args: list[str] | None) -> None:
@@ -321,19 +375,6 @@ def _read_yaml(text: str, path: object = None) -> Any:
     """What the command's parsers read of configs and options, whose size is limited; they say which file it is of."""
     check_yaml(text, str(path or "an option"))
     return _YAML_LOADER(text)
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong, without what jsonargparse says around it when a class could not be made."""
-    union = ""
-    while error.__cause__ is not None and "Union subtypes" in str(error):
-        union, error = str(error), error.__cause__
-    if str(error).startswith("Expected a <class"):
-        # the value was not of the union's first type; what its own type has to say comes below
-        own = [line for line in union.split("\n") if line.startswith("  - ") and "Expected a <class" not in line]
-        if own:
-            return own[0].removeprefix("  - ")
-    return str(error) or type(error).__name__
 
 
 def _quiet() -> None:

@@ -37,6 +37,9 @@ from dora_lightning.gguf import convert_gguf
 from dora_lightning.images import IMAGE
 from dora_lightning.pinned_packages import PACKAGE_PREFIX, pinned_gguf
 
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+"""What a base model can be loaded in."""
+
 QUANTIZATIONS = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "torchao-int8", "torchao-int4")
 """What a base can be quantised to while it is loaded: names of Lightning's bitsandbytes precision, and torchao's."""
 
@@ -211,6 +214,17 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def checked_dtype(name: str) -> str:
+    """``name``, if a base model can be loaded in it.
+
+    Raises:
+        ValueError: it is none of :data:`DTYPES`.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}; for less memory see quantization")
+    return name
+
+
 def load_causal_lm(
     name: str,
     dtype: str = "auto",
@@ -237,6 +251,7 @@ def load_causal_lm(
         raise ValueError(
             f"quantization={quantization!r} needs whole weights, which meta_device: true leaves out; set it to false"
         )
+    checked_dtype(dtype)
     source = resolve_pretrained(name)
     try:
         if meta_device:
@@ -280,6 +295,7 @@ def load_vision_language_model(
         ValueError: the model reads no images, or as in :func:`load_causal_lm`.
         ModuleNotFoundError: the library that quantises is not installed.
     """
+    checked_dtype(dtype)
     source = resolve_pretrained(name)
     try:
         options = _quantization_options(source, quantization, dtype, skipped=_VISION_PARTS)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from dora_lightning.files import write_text_atomically
+from dora_lightning.files import json_bytes, write_bytes_atomically
 from dora_lightning.files.locks import FolderLock, NoLocksError
 
 RESULT_FILE = "result.json"
@@ -125,7 +125,7 @@ def unfinished_run(root: Path) -> UnfinishedRun | None:
 def write_result(folder: Path, name: str, content: Mapping[str, Any]) -> None:
     """Write a JSON file of results into a run folder, all of it or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(folder / name, json.dumps(content, indent=2) + "\n")
+    write_bytes_atomically(folder / name, json_bytes(content, indent=2) + b"\n")
 
 
 def read_result(folder: Path, name: str) -> dict[str, Any] | None:

@@ -98,6 +98,7 @@ def fails(run_cli: RunCLI, capsys: pytest.CaptureFixture[str], *args: object) ->
     assert isinstance(caught.value.code, str)
     assert caught.value.code.startswith("dora-lightning: error: ")
     assert "Traceback" not in caught.value.code + capsys.readouterr().err
+    assert "\nthe whole traceback: " in caught.value.code
     return caught.value.code.removeprefix("dora-lightning: error: ")
 
 
@@ -516,6 +517,87 @@ def test_a_typo_in_a_config_file_is_fatal(run_cli: RunCLI, config: Path, capsys:
         run_cli("fit", "--config", config)
     assert caught.value.code == 2
     assert "max_epoch" in capsys.readouterr().err
+
+
+def test_an_error_in_training_keeps_its_traceback_in_the_run_folder(
+    run_cli: RunCLI, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dora_lightning.backbones import DoRALlama
+
+    def breaks(self: Any, batch: Any, batch_idx: int) -> Any:
+        raise error
+
+    monkeypatch.setattr(DoRALlama, "training_step", breaks)
+    error: Exception = ValueError("too many values to unpack (expected 2)")  # a bug that looks like bad input
+    message, _, kept = fails(run_cli, capsys, "fit", "--config", config).partition("\n")
+    assert message == "too many values to unpack (expected 2)"
+    assert kept == "the whole traceback: runs/version_0/traceback.txt"
+    text = (tmp_path / "runs/version_0/traceback.txt").read_text()
+    assert "in breaks" in text
+    error = KeyError("a bug")
+    with pytest.raises(KeyError):
+        run_cli("fit", "--config", config, "--resume", "false")
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("the whole traceback: ")]
+    assert Path(note.removeprefix("the whole traceback: ")).read_text().count("KeyError: 'a bug'") == 1
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert fails(run_cli, capsys, "fit", "--config", config, "--resume", "false").startswith("out of memory on the GPU")
+
+
+def test_nan_ends_a_run_without_a_result(
+    run_cli: RunCLI, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merge = ["--trainer.callbacks+", "dora_lightning.callbacks.MergeOnSave", "--trainer.callbacks.when", "fit_end"]
+    rate = ["--model.init_args.optimizer.init_args.lr", "1e30", "--model.init_args.lr_scheduler", "null"]
+    message = fails(run_cli, capsys, "fit", "--config", config, *rate, *merge)
+    assert message.startswith("step 1 of epoch 0, learning rate 1e+30: the loss of batch 1 (samples: ")
+    run = tmp_path / "runs/version_0"
+    assert (run / "traceback.txt").is_file()
+    assert not (run / "result.json").exists()
+    assert not (run / "merged").exists()
+    assert not list(run.rglob("*.ckpt"))
+
+
+def test_json_of_results_is_json(tmp_path: Path) -> None:
+    from dora_lightning.runs import write_result
+
+    write_result(tmp_path, "result.json", {"after": {"val/loss": float("nan"), "val/perplexity": float("inf")}})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    read = json.loads((tmp_path / "result.json").read_text(), parse_constant=refuse)
+    assert read == {"after": {"val/loss": None, "val/perplexity": None}}
+
+
+def test_scores_of_an_untrained_adapter_say_so(
+    run_cli: RunCLI, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    untrained = "the pretrained model with an untrained adapter"
+    with pytest.warns(UserWarning, match=f"test without --ckpt_path: no checkpoint is loaded, .* {untrained}"):
+        run_cli("test", "--config", config)
+    assert untrained in capsys.readouterr().out
+    lines = (tmp_path / "runs/version_0/test_predictions.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["untrained_adapter"] is True for line in lines)
+    with pytest.warns(UserWarning, match="validate without --ckpt_path"):
+        run_cli("validate", "--config", config)
+
+
+@pytest.mark.parametrize("verb", ["test", "validate", "predict"])
+def test_special_names_of_checkpoints_that_are_not_there(
+    run_cli: RunCLI, config: Path, fitted: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    for name in ("last", "best", "hpc"):
+        message = fails(run_cli, capsys, verb, "--config", config, "--ckpt_path", name)
+        assert message.startswith(f"--ckpt_path {name}: ")
+        assert "name the file, such as --ckpt_path runs/version_0/checkpoints/last.ckpt" in message
+
+
+@pytest.mark.parametrize("dtype", ["float8", "bf16", "int8"])
+def test_an_unknown_dtype_is_refused(
+    run_cli: RunCLI, config: Path, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    message = fails(run_cli, capsys, "fit", "--config", config, "--model.init_args.dtype", dtype)
+    assert f"dtype must be one of auto, float32, bfloat16, float16, float64, got '{dtype}'" in message
 
 
 def test_an_unknown_verb(run_cli: RunCLI) -> None:

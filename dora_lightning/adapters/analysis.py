@@ -273,7 +273,10 @@ class _Sums:
 
 
 def _change(norm_sq: Tensor, inner: Tensor, update_sq: Tensor, magnitude: Tensor | None) -> WeightChange:
-    """From the three sums of each feature, all in float64."""
+    """From the three sums of each feature, all in float64; NaN where a number is not finite."""
+    read = [norm_sq, inner, update_sq] + ([] if magnitude is None else [magnitude])
+    if not all(bool(values.isfinite().all()) for values in read):
+        return WeightChange(math.nan, math.nan)  # below, comparisons would leave such features out
     old = norm_sq.sqrt()
     new_sq = (norm_sq + 2 * inner + update_sq).clamp(min=0)
     new = new_sq.sqrt()

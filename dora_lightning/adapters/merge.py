@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dora_lightning.adapters.finite import check_finite
 from dora_lightning.adapters.inject import adapter_layers, replace_module
 from dora_lightning.adapters.layers import AdapterLayer
 from dora_lightning.adapters.quantized import dequantized, is_quantized, plain_linear
@@ -37,7 +38,14 @@ def merge_adapters(model: nn.Module, unload: bool = False) -> nn.Module:
 
     Raises:
         ValueError: the model has no adapters.
+        NonFiniteError: an adapter holds NaN or infinity; nothing is merged.
     """
+    own_tensors = {
+        f"{name}.{part}": tensor
+        for name, layer in _layers_of(model)
+        for part, tensor in layer.named_parameters(recurse=False)
+    }
+    check_finite(own_tensors, "nothing is merged")
     dtype = torch.float32
     layers = [layer for _, layer in _layers_of(model)]
     if unload:

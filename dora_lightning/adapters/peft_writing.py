@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dora_lightning.adapters.config import AdapterConfig
+from dora_lightning.adapters.finite import check_finite
 from dora_lightning.adapters.inject import adapter_layers
 from dora_lightning.adapters.layers import AdapterLayer, DoRALinear, LoRALinear, MagnitudeLinear
 from dora_lightning.adapters.operators import is_linear
@@ -192,6 +193,7 @@ def _exact_names(names: Iterable[str], root: nn.Module) -> str | list[str]:
 
 
 def _write(folder: Path, options: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    check_finite(tensors, f"{folder} is not written")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; name a folder to write the adapter to")
     made = not folder.exists()

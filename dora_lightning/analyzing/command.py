@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from dora_lightning.analyzing.figure import plot_pattern
 from dora_lightning.analyzing.records import PATTERN_FILE
 from dora_lightning.analyzing.report import as_json, report
 from dora_lightning.analyzing.sources import collect
-from dora_lightning.files import write_text_atomically
+from dora_lightning.files import json_bytes, write_bytes_atomically
 from dora_lightning.files.growing import check_writable
 from dora_lightning.plots import can_plot
 from dora_lightning.terminal import say
@@ -44,7 +43,7 @@ def analyze(
     check_writable(folder / JSON_FILE)
     records = collect(names, base, lambda name: _is_wanted(name, modules))
     content = {"base": base, "tuned": names} | as_json(records)
-    write_text_atomically(folder / JSON_FILE, json.dumps(content, indent=2) + "\n")
+    write_bytes_atomically(folder / JSON_FILE, json_bytes(content, indent=2) + b"\n")
     console = Console()
     console.print(report(records), highlight=False)
     lines = [f"Numbers: {folder / JSON_FILE}"]

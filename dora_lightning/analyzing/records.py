@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from dora_lightning.adapters.analysis import Correlation, WeightChange, correlation
-from dora_lightning.files import json_lines, json_rows, write_text_atomically
+from dora_lightning.adapters.finite import NonFiniteError
+from dora_lightning.files import json_lines, json_rows, write_bytes_atomically
 
 PATTERN_FILE = "learning_pattern.jsonl"
 
@@ -66,11 +67,19 @@ class TypePattern:
 def make_record(step: int, module: str, method: str, change: WeightChange, full_name: str | None = None) -> Record:
     """A record of a module; its type and layer are read from ``full_name``, or from ``module``.
 
+    Raises:
+        NonFiniteError: the change is NaN or infinite.
+
     >>> make_record(3, "model.layers.11.self_attn.q_proj", "dora", WeightChange(0.5, 0.25)).layer
     11
     >>> make_record(3, "encoder.2", "full", WeightChange(0.5, 0.25)).type
     'encoder'
     """
+    if not (math.isfinite(change.delta_m) and math.isfinite(change.delta_d)):
+        raise NonFiniteError(
+            f"{module} at step {step}: the change of magnitude is {change.delta_m} and that of direction "
+            f"{change.delta_d}: its weights, or those it started from, hold NaN or infinity"
+        )
     parts = (full_name or module).split(".")
     numbers = [int(part) for part in parts if part.isdigit()]
     kind = next((part for part in reversed(parts) if not part.isdigit()), parts[-1])
@@ -99,7 +108,7 @@ def pattern_of(records: Sequence[Record]) -> TypePattern:
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Write one JSON object a line, all of them or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(path, "".join(json.dumps(asdict(record)) + "\n" for record in records))
+    write_bytes_atomically(path, json_lines(asdict(record) for record in records))
 
 
 def append_records(path: Path, records: Iterable[Record]) -> None:
@@ -143,9 +152,11 @@ def read_records(path: Path) -> list[Record]:
         try:
             if isinstance(row, ValueError):
                 raise row
+            if fault := next((value for value in row.values() if isinstance(value, ValueError)), None):
+                raise fault
             record = Record(**row)
             float(record.delta_m), float(record.delta_d), int(record.step)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}, {place}: expected a JSON object with {names}: {error}") from error
         records.append(record)
     return records

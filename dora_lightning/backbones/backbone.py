@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
+from rich.panel import Panel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_lightning.adapters import AdapterConfig, inject_adapters
+from dora_lightning.adapters.finite import NonFiniteError
 from dora_lightning.backbones.step_loss import LossMean, StepLoss
 from dora_lightning.data import Sample
 from dora_lightning.files import json_lines, write_bytes_atomically
@@ -25,8 +30,11 @@ from dora_lightning.task import Task
 from dora_lightning.training.adapter_checkpoint import frozen_names
 from dora_lightning.training.adapter_run import AdapterRun, check_precision
 from dora_lightning.training.atomic_checkpoint import write_checkpoints_atomically
+from dora_lightning.training.finite_steps import FiniteSteps, cause_in_weights, described_batch
 from dora_lightning.training.parameter_groups import parameter_groups
 from dora_lightning.training.schedules import WarmupDecay
+
+NOT_TRAINED = "the pretrained model with an untrained adapter"
 
 
 class Backbone(LightningModule):
@@ -44,6 +52,9 @@ class Backbone(LightningModule):
             rows, where the loss is a mean over these), on any number of micro-batches and processes, if the training
             batches know their step, as those of our data modules do; or ``batches``, the mean of the means of its
             batches, as in most published runs.
+        on_nonfinite: what happens before an optimizer step whose loss or gradient is NaN or infinite: ``raise`` stops
+            the run and names the batch, ``skip`` leaves the step out and warns, ``ignore`` does not look. Checkpoints
+            of weights that are not finite, and scores that are NaN, are refused in any case.
     """
 
     model: PreTrainedModel | None
@@ -58,6 +69,7 @@ class Backbone(LightningModule):
         task: Task | None = None,
         judge_in_validation: bool = False,
         loss_mean: LossMean = "tokens",
+        on_nonfinite: str = "raise",
     ) -> None:
         super().__init__()
         if judge_in_validation and task is None:
@@ -70,7 +82,7 @@ class Backbone(LightningModule):
         self.task = task
         self.judge_in_validation = judge_in_validation
         self.model = None
-        self.validation_loss = MeanMetric()
+        self.validation_loss = MeanMetric(nan_strategy=math.nan)  # its default leaves NaN out of the mean
         self.reported_loss: Tensor | None = None
         """What is logged as ``train/loss`` of the last batch, on this process: the loss of the step that it ended; None
         within a step."""
@@ -78,6 +90,11 @@ class Backbone(LightningModule):
         # the base is not in the checkpoint; check_adapter_entry does what strict loading would
         self.strict_loading = False
         self._run = AdapterRun()
+        self._steps = FiniteSteps(on_nonfinite)
+        self._bad_validation = ""
+        # whether training or a checkpoint has set what trains, or else its version numbers when it was made
+        self._is_trained = False
+        self._untrained_versions = -1
         self._predicted: list[dict[str, Any]] = []
         self.save_hyperparameters({"model_name_or_path": model_name_or_path, "adapter": self.adapter.to_dict()})
 
@@ -136,6 +153,7 @@ class Backbone(LightningModule):
         self._run.remember_base(model, self.model_name_or_path)
         self._check_weights_will_come(model)
         self.model = model
+        self._untrained_versions = self._versions()
 
     def _check_weights_will_come(self, model: PreTrainedModel) -> None:
         # a strategy would fail on them with an error of torch's, or fill them with random numbers
@@ -165,6 +183,7 @@ class Backbone(LightningModule):
 
     def on_train_start(self) -> None:
         """Let optimiser settings that changed since the checkpoint win, and tell the schedule the length of the run."""
+        self._is_trained = True
         self._run.on_train_start(self.trainer)
         self._step_loss.start(self.trainer)
         for config in self.trainer.lr_scheduler_configs:
@@ -172,6 +191,18 @@ class Backbone(LightningModule):
                 # not in configure_optimizers: counting the batches there makes the training loader before the position
                 # in it is restored, and a resumed run would begin its epoch anew
                 config.scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Note which batch the next loss is of."""
+        self._steps.on_train_batch_start(batch, batch_idx)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Note a loss."""
+        self._steps.on_before_backward(loss)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Stop before a step whose loss or gradient is not finite."""
+        self._steps.on_before_optimizer_step(self.trainer, self, optimizer)
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -183,6 +214,16 @@ class Backbone(LightningModule):
         if self.model is None:
             raise RuntimeError("the model is not loaded yet: call configure_model(), or let a Trainer do it")
         return self.model
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether what trains was trained, loaded or changed since the model was made."""
+        return self._is_trained or self._versions() != self._untrained_versions
+
+    def _versions(self) -> int:
+        # shards are new tensors, whose versions tell nothing
+        trained = [p for p in self.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        return sum(parameter._version for parameter in trained) if trained else self._untrained_versions
 
     # Loops -------------------------------------------------------------------------------------------------------
 
@@ -198,6 +239,7 @@ class Backbone(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Start the metrics anew: here, since states reset inside `trainer.validate` are inference tensors."""
         self.validation_loss.reset()
+        self._bad_validation = ""
         if self.task is not None:
             self.task.reset()
 
@@ -211,16 +253,44 @@ class Backbone(LightningModule):
         loss, tokens = self.loss(batch)
         if tokens:
             self.validation_loss.update(loss, weight=tokens)
+            if not self._bad_validation and not math.isfinite(float(loss)):
+                self._bad_validation = f"the loss of {described_batch(batch, batch_idx)} is {float(loss)}"
         if self.judge_in_validation:
             self._judge(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the loss and the task's metrics."""
+        """Log the loss and the task's metrics.
+
+        Raises:
+            NonFiniteError: the loss, or a score that checkpoints are chosen by, is NaN or infinite.
+            ValueError: nothing in the validation data is supervised.
+        """
         loss = self.validation_loss.compute()
+        self._check_validation(loss)
         self.log("val/loss", loss, prog_bar=True)
-        self.log_dict({f"val/{name}": value for name, value in self.held_out_metrics(loss).items()})
+        metrics = {f"val/{name}": value for name, value in self.held_out_metrics(loss).items()}
+        self.log_dict(metrics)
         if self.judge_in_validation:
-            self._finish_judging("val")
+            metrics |= self._finish_judging("val")
+        for name in _monitored(self.trainer):
+            if name in metrics and not math.isfinite(float(metrics[name])):
+                raise NonFiniteError(
+                    f"{name} is {float(metrics[name])}, and checkpoints are chosen by it; monitor another score, such "
+                    "as val/loss"
+                )
+
+    def _check_validation(self, loss: Tensor) -> None:
+        """To be called on every process, with the loss over all of them."""
+        if math.isfinite(float(loss)):
+            return
+        found = [line for line in gather([self._bad_validation]) if line]
+        if found:
+            raise NonFiniteError(f"validation at step {self.trainer.global_step}: {found[0]}; {cause_in_weights(self)}")
+        if not self.trainer.sanity_checking:
+            raise ValueError(
+                "the validation data has no supervised token, so that there is no val/loss: cutoff_len may have cut "
+                "all answers off, or limit_val_batches left none; trainer.limit_val_batches: 0 validates nothing"
+            )
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Judge the task on a batch."""
@@ -255,23 +325,34 @@ class Backbone(LightningModule):
         judge = self.task.judge_of(samples)
         texts = self.answers(batch, **judge.generation) if judge.generation is not None else None
         scores = self.rankings(batch) if judge.ranks_options else None
+        for sample, values in zip(samples, scores or (), strict=scores is not None):
+            # the largest of NaN would be the first option
+            if not bool(values.isfinite().all()):
+                raise NonFiniteError(
+                    f"{sample.source or 'a sample'}: the log-likelihoods of the options of {sample.prompt[:60]!r} are "
+                    f"{values.tolist()}, which is no ranking; {cause_in_weights(self)}"
+                )
         self.task.update(samples, texts, scores)
 
-    def _finish_judging(self, stage: str) -> None:
+    def _finish_judging(self, stage: str) -> dict[str, Tensor]:
+        """Log, print and write what came out; returns what was logged."""
         assert self.task is not None
         metrics = self.task.compute()
-        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()})
+        logged = {f"{stage}/{name}": value for name, value in metrics.items()}
+        self.log_dict(logged)
         if self.trainer.sanity_checking:
-            return
+            return logged
         # the answers first: nothing that is made of them is worth losing them
         folder, gathered = self._write_records(f"{stage}_predictions.jsonl", self.task.records())
         if stage != "test" or not self.trainer.is_global_zero:
-            return
-        Console().print(self.task.table(metrics))
+            return logged
+        table = self.task.table(metrics)
+        Console().print(table if self.is_trained else Panel.fit(table, title=NOT_TRAINED))
         for name, content in (self.task.files(gathered) if folder is not None else {}).items():
             assert folder is not None
             write_bytes_atomically(folder / name, content)
             rank_zero_info(f"Written: {folder / name}")
+        return logged
 
     def _write_records(self, name: str, records: list[dict[str, Any]]) -> tuple[Path | None, list[dict[str, Any]]]:
         """Write the records of all processes; to be called on every process.
@@ -281,7 +362,7 @@ class Backbone(LightningModule):
         """
         log_dir = self.trainer.log_dir  # asks the first process
         folder = Path(log_dir) if log_dir is not None else None
-        gathered = gather(records)
+        gathered = gather(records if self.is_trained else [{**record, "untrained_adapter": True} for record in records])
         if folder is not None and self.trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             write_bytes_atomically(folder / name, json_lines(gathered))
@@ -306,9 +387,17 @@ class Backbone(LightningModule):
             RuntimeError: a shape differs; with ``strict``, also for missing trained tensors and unexpected names.
         """
         loaded = super().load_state_dict(state_dict, strict=False, assign=assign)
+        self._is_trained = True
         frozen = frozen_names(self)
         loaded.missing_keys[:] = [name for name in loaded.missing_keys if name not in frozen]
         found = {"Missing": loaded.missing_keys, "Unexpected": loaded.unexpected_keys}
         if strict and (wrong := [f"{kind} key(s): {', '.join(keys)}" for kind, keys in found.items() if keys]):
             raise RuntimeError(f"Error(s) in loading state_dict for {type(self).__name__}: {'; '.join(wrong)}")
         return loaded
+
+
+def _monitored(trainer: Trainer) -> list[str]:
+    """What checkpoints are chosen by, and what stops a fit early."""
+    callbacks: list[Any] = [*trainer.checkpoint_callbacks, *trainer.early_stopping_callbacks]
+    names = (getattr(callback, "monitor", None) for callback in callbacks)
+    return [name for name in names if name is not None]

@@ -21,6 +21,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from dora_lightning.adapters import weights_kept
+from dora_lightning.backbones.finite_logits import FiniteLogits
 from dora_lightning.backbones.prompt_cache import PromptCache, common_start, read_prompts, shared_start
 from dora_lightning.backbones.token_losses import token_losses
 from dora_lightning.data import IGNORE
@@ -183,6 +184,9 @@ def generate_texts(
         prompts: padded on the left; begun as the tokenizer begins a text, unless they bring its special tokens.
         vision: what the image processor made of the prompts' images, in their order.
         options: handed to ``generate`` of transformers (``max_new_tokens``, ``num_beams``, ``do_sample``, ...).
+
+    Raises:
+        NonFiniteError: the model's scores are NaN or infinite.
     """
     rows = [tokenize(tokenizer, prompt) for prompt in prompts]
     input_ids = _pad(rows, model.device, left=True, value=tokenizer.pad_token_id)
@@ -192,13 +196,15 @@ def generate_texts(
     if vision is None and (cache := _cache_of_prompts(model, rows, options)) is not None:
         inputs[_cache_keyword(model.base_model)] = cache
     generate: Callable[..., Tensor] = cast(Any, model).generate
+    finite = FiniteLogits(prompts)
     output = generate(
         input_ids=input_ids,
         attention_mask=(torch.arange(width, device=model.device) >= width - lengths[:, None]).long(),
         pad_token_id=tokenizer.pad_token_id,
         **inputs,
-        **options,
+        **finite.added_to(options),
     )
+    finite.check()
     return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
 
 

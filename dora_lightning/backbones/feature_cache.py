@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from dora_lightning.adapters.finite import check_finite
 from dora_lightning.files import write_atomically
 from dora_lightning.training.base_identity import weights_digest
 
@@ -99,6 +100,7 @@ class FeatureCache:
             return None  # not there, or cut short by a machine that went down: computed anew and written over
 
     def _save(self, path: Path, features: Tensor) -> None:
+        check_finite({"the tower's output": features}, f"nothing is kept in {self.folder}")
         path.parent.mkdir(parents=True, exist_ok=True)
         # not waited for until it is on disk: what a machine that goes down cuts short is computed anew
         write_atomically(path, lambda file: file.write(save({"features": features.cpu().contiguous()})), durable=False)

@@ -21,7 +21,7 @@ from dora_lightning.backbones.causal_lm import (
 )
 from dora_lightning.backbones.kept_outputs import reuse_outputs
 from dora_lightning.backbones.step_loss import LossMean
-from dora_lightning.pretrained import load_causal_lm, load_tokenizer
+from dora_lightning.pretrained import checked_dtype, load_causal_lm, load_tokenizer
 from dora_lightning.task import Task
 
 
@@ -47,6 +47,8 @@ class DoRALlama(Backbone):
         quantization: quantise the linear layers of the base while it is loaded (QDoRA): ``nf4``, ``nf4-dq`` (the scales
             too, as QLoRA does), ``fp4``, ``fp4-dq``, ``int8``, ``torchao-int8`` or ``torchao-int4``; null for not.
         loss_mean: what the loss of an optimizer step is the mean over, see :class:`~dora_lightning.backbones.Backbone`.
+        on_nonfinite: before an optimizer step whose loss or gradient is NaN or infinite, ``raise`` stops the run and
+            names the batch, ``skip`` leaves the step out and warns, ``ignore`` does not look.
     """
 
     def __init__(
@@ -63,9 +65,12 @@ class DoRALlama(Backbone):
         meta_device: bool = False,
         quantization: str | None = None,
         loss_mean: LossMean = "tokens",
+        on_nonfinite: str = "raise",
     ) -> None:
-        super().__init__(model_name_or_path, adapter, optimizer, lr_scheduler, task, judge_in_validation, loss_mean)
-        self.base_dtype = dtype
+        super().__init__(
+            model_name_or_path, adapter, optimizer, lr_scheduler, task, judge_in_validation, loss_mean, on_nonfinite
+        )
+        self.base_dtype = checked_dtype(dtype)
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         # not a hyperparameter: what loads a checkpoint later wants the weights

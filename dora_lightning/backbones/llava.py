@@ -28,7 +28,7 @@ from dora_lightning.backbones.step_loss import LossMean
 from dora_lightning.backbones.vision_alignment import QuestionedImages, VisionAlignment, align_vision
 from dora_lightning.images import IMAGE
 from dora_lightning.llava_parts import LlavaParts, resolve_llava
-from dora_lightning.pretrained import load_vision_language_model
+from dora_lightning.pretrained import checked_dtype, load_vision_language_model
 from dora_lightning.processing import image_token_counts, load_processor, vision_sizes
 from dora_lightning.task import Task
 
@@ -70,6 +70,8 @@ class DoRALlava(Backbone):
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         quantization: quantise the language model, as in :class:`~dora_lightning.backbones.DoRALlama`.
         loss_mean: what the loss of an optimizer step is the mean over, see :class:`~dora_lightning.backbones.Backbone`.
+        on_nonfinite: before an optimizer step whose loss or gradient is NaN or infinite, ``raise`` stops the run and
+            names the batch, ``skip`` leaves the step out and warns, ``ignore`` does not look.
     """
 
     def __init__(
@@ -89,11 +91,12 @@ class DoRALlava(Backbone):
         gradient_checkpointing: bool = False,
         quantization: str | None = None,
         loss_mean: LossMean = "tokens",
+        on_nonfinite: str = "raise",
     ) -> None:
         # a checkpoint holds parts as a plain dict, which load_from_checkpoint hands back
         self.parts = LlavaParts(**model_name_or_path) if isinstance(model_name_or_path, dict) else model_name_or_path
         name, plain = (self.parts,) * 2 if isinstance(self.parts, str) else (self.parts.language, self.parts.to_dict())
-        super().__init__(name, adapter, optimizer, lr_scheduler, task, judge_in_validation, loss_mean)
+        super().__init__(name, adapter, optimizer, lr_scheduler, task, judge_in_validation, loss_mean, on_nonfinite)
         for part, training in (("vision_tower", vision_tower), ("projector", projector)):
             if training not in get_args(Training):
                 raise ValueError(f"{part} must be one of {', '.join(get_args(Training))}, got {training!r}")
@@ -105,7 +108,7 @@ class DoRALlava(Backbone):
         self.vision_alignment = vision_alignment
         self.vision_tower_training = vision_tower
         self.projector_training = projector
-        self.base_dtype = dtype
+        self.base_dtype = checked_dtype(dtype)
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self.quantization = quantization

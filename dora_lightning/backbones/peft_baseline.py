@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_lightning.adapters import AdapterConfig
+from dora_lightning.adapters.finite import check_finite
 from dora_lightning.backbones.backbone import Backbone
 from dora_lightning.backbones.causal_lm import (
     check_plain_logits,
@@ -41,7 +42,7 @@ from dora_lightning.backbones.peft_methods import (
 )
 from dora_lightning.backbones.step_loss import LossMean
 from dora_lightning.files import write_folder
-from dora_lightning.pretrained import load_causal_lm, load_tokenizer
+from dora_lightning.pretrained import checked_dtype, load_causal_lm, load_tokenizer
 from dora_lightning.task import Task
 from dora_lightning.training.adapter_checkpoint import KEY, add_frozen, check_adapter_entry, write_adapter_entry
 from dora_lightning.training.adapter_run import AdapterRun, check_precision
@@ -78,6 +79,8 @@ class PeftLlama(Backbone):
         gradient_checkpointing: recompute each block in the backward pass; prefix tuning, which trains a key-value
             cache, refuses it.
         loss_mean: what the loss of an optimizer step is the mean over, see :class:`~dora_lightning.backbones.Backbone`.
+        on_nonfinite: before an optimizer step whose loss or gradient is NaN or infinite, ``raise`` stops the run and
+            names the batch, ``skip`` leaves the step out and warns, ``ignore`` does not look.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -96,10 +99,18 @@ class PeftLlama(Backbone):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         loss_mean: LossMean = "tokens",
+        on_nonfinite: str = "raise",
     ) -> None:
         # no adapter of ours: what the base class notes of one is taken away again
         super().__init__(
-            model_name_or_path, AdapterConfig(), optimizer, lr_scheduler, task, judge_in_validation, loss_mean
+            model_name_or_path,
+            AdapterConfig(),
+            optimizer,
+            lr_scheduler,
+            task,
+            judge_in_validation,
+            loss_mean,
+            on_nonfinite,
         )
         del self.adapter
         self.hparams.pop("adapter")
@@ -110,7 +121,7 @@ class PeftLlama(Backbone):
             raise ValueError(
                 "PREFIX_TUNING trains a key-value cache, which goes with gradient_checkpointing: false alone"
             )
-        self.base_dtype = dtype
+        self.base_dtype = checked_dtype(dtype)
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self._run = _PeftRun()
@@ -139,6 +150,7 @@ class PeftLlama(Backbone):
             enable_recomputation(base)
         model.train()
         self.model = model
+        self._untrained_versions = self._versions()
 
     def _check_trainer(self) -> None:
         check_precision(self._trainer)
@@ -234,8 +246,9 @@ class PeftLlama(Backbone):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step; then let AdaLoRA allocate its ranks while the gradients are there."""
+        skipped = self._steps.skipped
         super().optimizer_step(*args, **kwargs)
-        if self.peft["peft_type"] == "ADALORA":
+        if self.peft["peft_type"] == "ADALORA" and self._steps.skipped == skipped:
             # not counted yet: the first step is number 0
             cast(Any, self.language_model).base_model.update_and_allocate(self.trainer.global_step)
 
@@ -246,11 +259,14 @@ class PeftLlama(Backbone):
 
         Raises:
             FileExistsError: the folder exists.
+            NonFiniteError: what was trained holds NaN or infinity.
         """
         folder = Path(folder)
         if folder.exists():
             raise FileExistsError(f"{folder} exists; give the folder of a new adapter")
         model = cast(Any, self.language_model)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        check_finite(trained, f"{folder} is not written")
         config = model.peft_config[ADAPTER]
         pattern = getattr(config, "rank_pattern", None)  # PEFT renames its keys in the live config
         try:

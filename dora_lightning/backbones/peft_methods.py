@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 
+from dora_lightning.backbones.finite_logits import FiniteLogits
 from dora_lightning.backbones.prompt_cache import common_start
 from dora_lightning.data import IGNORE
 from dora_lightning.pretrained import resolve_pretrained, tokenize
@@ -105,7 +106,11 @@ def losses_with_virtual_tokens(
 def texts_with_virtual_tokens(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **options: Any
 ) -> list[str]:
-    """Continuation of each prompt, without special tokens; ``options`` as in ``generate`` of transformers."""
+    """Continuation of each prompt, without special tokens; ``options`` as in ``generate`` of transformers.
+
+    Raises:
+        NonFiniteError: the model's scores are NaN or infinite.
+    """
     base = model.get_base_model()
     rows = [tokenize(tokenizer, prompt) for prompt in prompts]
     # not by PEFT's generate: transformers 5.2x knows the cache by another name, and it would leave the prefix out.
@@ -118,13 +123,15 @@ def texts_with_virtual_tokens(
     defaults = base.generation_config
     copies = max(options.get(key, getattr(defaults, key)) or 1 for key in ("num_beams", "num_return_sequences"))
     keyword, cache = virtual_cache(model, len(rows) * copies)
+    finite = FiniteLogits(prompts)
     output = base.generate(
         input_ids=ids,  # those at the virtual tokens' places are not read
         attention_mask=mask.to(model.device),
         pad_token_id=pad,
         **{keyword: cache},
-        **options,
+        **finite.added_to(options),
     )
+    finite.check()
     return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +68,8 @@ class DoRALlamaDPO(DoRALlama):
         quantization: likewise.
         beta: how dear it is to part from the reference; 0.1 is usual.
         loss_mean: as in :class:`~dora_lightning.backbones.DoRALlama`; here the mean is over pairs.
+        on_nonfinite: before an optimizer step whose loss or gradient is NaN or infinite, ``raise`` stops the run and
+            names the batch, ``skip`` leaves the step out and warns, ``ignore`` does not look.
 
     Raises:
         ValueError: beta is not positive, or the adapter leaves no reference.
@@ -87,6 +90,7 @@ class DoRALlamaDPO(DoRALlama):
         quantization: str | None = None,
         beta: float = 0.1,
         loss_mean: LossMean = "tokens",
+        on_nonfinite: str = "raise",
     ) -> None:
         super().__init__(
             model_name_or_path,
@@ -101,6 +105,7 @@ class DoRALlamaDPO(DoRALlama):
             meta_device,
             quantization,
             loss_mean,
+            on_nonfinite,
         )
         if not beta > 0:
             raise ValueError(f"beta must be greater than 0, got {beta}")
@@ -110,7 +115,7 @@ class DoRALlamaDPO(DoRALlama):
             )
         self.beta = beta
         self.save_hyperparameters({"beta": beta})
-        self.held_out: Any = torch.nn.ModuleDict({name: MeanMetric() for name in PAIR_MEASURES})
+        self.held_out: Any = torch.nn.ModuleDict({name: MeanMetric(nan_strategy=math.nan) for name in PAIR_MEASURES})
 
     def scores(self, batch: dict[str, Any]) -> PairScores:
         """Rewards of both answers of each pair.

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
 from dora_lightning.adapters import weights_kept
+from dora_lightning.backbones.finite_logits import FiniteLogits
 from dora_lightning.data import IGNORE
 from dora_lightning.vl_bart.model import VLBart
 
@@ -101,9 +102,14 @@ def generate_targets(
         hidden: the encoder's output ``[B, S, D]``.
         mask: ``[B, S]``, 0 on padding.
         options: handed to ``generate`` of transformers (``max_new_tokens``, ``num_beams``, ...).
+
+    Raises:
+        NonFiniteError: the model's scores are NaN or infinite.
     """
     outputs = BaseModelOutput(last_hidden_state=hidden)
-    ids = cast(Any, model).generate(encoder_outputs=outputs, attention_mask=mask, **options)
+    finite = FiniteLogits([f"row {number} of the batch" for number in range(len(hidden))])
+    ids = cast(Any, model).generate(encoder_outputs=outputs, attention_mask=mask, **finite.added_to(options))
+    finite.check()
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 

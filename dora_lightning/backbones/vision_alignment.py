@@ -11,6 +11,7 @@ Shapes: M images in a batch, N tokens of an image, D features of the language mo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -21,6 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dora_lightning.adapters.finite import NonFiniteError
 from dora_lightning.data import IGNORE
 
 _WARMUP = 0.05
@@ -119,6 +121,7 @@ def align_vision(model: PreTrainedModel, projector: nn.Module, images: Questione
 
     Raises:
         ValueError: no conversation is about a single image, or there is one answer alone.
+        NonFiniteError: a loss is NaN or infinite.
     """
     if len(images.answers) < 2:
         raise ValueError(
@@ -143,19 +146,27 @@ def align_vision(model: PreTrainedModel, projector: nn.Module, images: Questione
     share = 0.0
     for epoch in range(how.epochs):
         right = asked = 0
+        losses = torch.zeros((), device=device)
         for chosen in torch.randperm(len(images.pixels), generator=generator).split(how.batch_size):
             pixels = torch.stack([images.pixels[index] for index in chosen.tolist()]).to(device)
             features = _pooled(model, pixels)  # [M, D]
             owner, question, answer = _pairs(images, chosen.tolist(), device)
             candidates, target = answer.unique(return_inverse=True)
             scores = head(features[owner], questions[question], answers[candidates])  # [pairs, candidates]
-            F.cross_entropy(scores, target).backward()
+            loss = F.cross_entropy(scores, target)
+            loss.backward()
+            losses += loss.detach()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
             right += int((scores.argmax(dim=1) == target).sum())
             asked += len(target)
+        if not math.isfinite(float(losses)):
+            raise NonFiniteError(
+                f"vision_alignment: a loss of epoch {epoch + 1} is NaN or infinite, at a learning rate of up to "
+                f"{how.lr:g}; try a lower one (vision_alignment.lr), or dtype: float32"
+            )
         share = right / asked
         rank_zero_info(
             f"Aligning images with words, epoch {epoch + 1} of {how.epochs}: "

@@ -16,6 +16,7 @@ from dora_lightning.backbones.backbone import Backbone
 from dora_lightning.backbones.causal_lm import enable_recomputation
 from dora_lightning.backbones.seq2seq import encode_prompts, generate_targets, target_log_likelihoods, target_loss
 from dora_lightning.backbones.step_loss import LossMean
+from dora_lightning.pretrained import checked_dtype
 from dora_lightning.task import Task
 from dora_lightning.training.adapter_checkpoint import KEY
 from dora_lightning.vl_bart import VLBart, VLBartParts, load_vl_bart, load_vl_bart_tokenizer, resolve_vl_bart
@@ -46,6 +47,8 @@ class DoRAVLBart(Backbone):
         attn_implementation: attention (``sdpa``, ``flash_attention_2``, ``eager``); null for the default.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         loss_mean: what the loss of an optimizer step is the mean over, see :class:`~dora_lightning.backbones.Backbone`.
+        on_nonfinite: before an optimizer step whose loss or gradient is NaN or infinite, ``raise`` stops the run and
+            names the batch, ``skip`` leaves the step out and warns, ``ignore`` does not look.
 
     Raises:
         ValueError: an unknown part in ``also_trained``, or a tower that is to train and is not there.
@@ -64,6 +67,7 @@ class DoRAVLBart(Backbone):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         loss_mean: LossMean = "tokens",
+        on_nonfinite: str = "raise",
     ) -> None:
         # a checkpoint holds parts as a plain dict, which load_from_checkpoint hands back
         self.parts = VLBartParts(**model_name_or_path) if isinstance(model_name_or_path, dict) else model_name_or_path
@@ -73,9 +77,11 @@ class DoRAVLBart(Backbone):
         adapter = (
             AdapterConfig(rank=128, alpha=128.0, target_modules=["q_proj", "v_proj"]) if adapter is None else adapter
         )
-        super().__init__(str(self.parts), adapter, optimizer, lr_scheduler, task, judge_in_validation, loss_mean)
+        super().__init__(
+            str(self.parts), adapter, optimizer, lr_scheduler, task, judge_in_validation, loss_mean, on_nonfinite
+        )
         self.also_trained = tuple(also_trained)
-        self.base_dtype = dtype
+        self.base_dtype = checked_dtype(dtype)
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
         self.save_hyperparameters(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from dora_lightning.adapters import AdapterConfig, inject_adapters, load_peft_adapter
 from dora_lightning.training.adapter_run import AdapterRun, check_precision
 from dora_lightning.training.atomic_checkpoint import write_checkpoints_atomically
 from dora_lightning.training.build_steps import BuildStep, after_model_is_built
+from dora_lightning.training.finite_steps import FiniteSteps
 from dora_lightning.training.method_hooks import after_method
 from dora_lightning.training.stored_names import base_name_or_path
 
@@ -45,6 +49,9 @@ class DoRA(Callback):
         module: dotted name of the submodule to adapt (``model.decoder``); by default the whole LightningModule.
         init_from: folder of a PEFT adapter to start from; its method, rank, scaling and modules must be those above,
             and its names relative to the adapted module. A checkpoint that is resumed wins over it.
+        on_nonfinite: what happens before an optimizer step whose loss or gradient is NaN or infinite: ``raise`` stops
+            the run and names the batch, ``skip`` leaves the step out and warns, ``ignore`` does not look, for modules
+            that see to it themselves. Checkpoints of weights that are not finite are refused in any case.
 
     Raises:
         ValueError: a value is out of range; see :class:`~dora_lightning.adapters.AdapterConfig`.
@@ -70,6 +77,7 @@ class DoRA(Callback):
         projection_seed: int = 0,
         module: str | None = None,
         init_from: str | None = None,
+        on_nonfinite: str = "raise",
     ) -> None:
         self.config = AdapterConfig(
             method=method,
@@ -91,6 +99,7 @@ class DoRA(Callback):
         )
         self.module = module
         self.init_from = init_from
+        self._steps = FiniteSteps(on_nonfinite)
         self._run = AdapterRun()
 
     @override
@@ -119,6 +128,21 @@ class DoRA(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let optimiser settings that changed since the checkpoint win."""
         self._run.on_train_start(trainer)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note which batch the next loss is of."""
+        self._steps.on_train_batch_start(batch, batch_idx)
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Note a loss."""
+        self._steps.on_before_backward(loss)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Stop before a step whose loss or gradient is not finite."""
+        self._steps.on_before_optimizer_step(trainer, pl_module, optimizer)
 
     def _inject(self, pl_module: LightningModule) -> None:
         model = _submodule(pl_module, self.module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,7 +40,7 @@ class MergeOnSave(Callback):
 
     Args:
         when: ``checkpoint`` for every checkpoint that is kept, ``best`` or ``last`` for that one alone, or ``fit_end``
-            for one folder at the end of the fit.
+            for one folder at the end of the fit. A checkpoint whose score is NaN is not the best.
         dirpath: folder for ``fit_end``; ``merged`` in the run's log folder if not given. One from before is replaced.
         base: folder or hub id of the base model; by default what the adapted model was loaded from.
 
@@ -136,7 +137,7 @@ class MergeOnSave(Callback):
 
     def _checkpoints(self, callbacks: list[ModelCheckpoint]) -> tuple[list[Path], list[Path]]:
         """Checkpoints to merge, and all that are kept."""
-        best = [callback.best_model_path for callback in callbacks]
+        best = [callback.best_model_path for callback in callbacks if _has_a_score(callback)]
         last = [callback.last_model_path for callback in callbacks]
         top = [path for callback in callbacks for path in callback.best_k_models]
         kept = [*best, *last, *top]
@@ -162,6 +163,12 @@ class MergeOnSave(Callback):
         """The run's folder, and that of the model merged at the end; to be called on every process."""
         root = Path(trainer.log_dir or trainer.default_root_dir)  # asks the first process
         return root, Path(self.dirpath) if self.dirpath else root / "merged"
+
+
+def _has_a_score(callback: ModelCheckpoint) -> bool:
+    """Whether the best checkpoint is the best: the first one is, to Lightning, even where its score is NaN."""
+    score = callback.best_model_score
+    return callback.monitor is None or score is None or math.isfinite(float(score))
 
 
 def _paths(names: list[str]) -> list[Path]:

@@ -102,8 +102,8 @@ def read_result(study: Study, folder: CellFolder) -> Result:
     for metric in study.metrics:
         if metric.name not in after:
             raise ValueError(f"{run / RESULT_FILE} has no {metric.name}; it has {', '.join(sorted(after))}")
-        if not math.isfinite(after[metric.name]):
-            raise ValueError(f"{run / RESULT_FILE}: {metric.name} is {after[metric.name]}")
+        if after[metric.name] is None or not math.isfinite(after[metric.name]):
+            raise ValueError(f"{run / RESULT_FILE}: {metric.name} is no number (NaN or infinity)")
     attempts = folder.attempts
     seen = attempts and attempts[-1]["outcome"] == "ended"
     parameters = content.get("parameters") or {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from dora_lightning.backbones.causal_lm import generate_texts
-from dora_lightning.files import write_text_atomically
+from dora_lightning.files import json_bytes, write_bytes_atomically
 from dora_lightning.files.growing import check_writable
 from dora_lightning.mt_bench.answers import CHAT, answer_questions
 from dora_lightning.mt_bench.judge import OWN_PROMPTS, judge_answers, read_prompts
@@ -122,7 +121,7 @@ def mt_bench_scores(judgments: list[str] | str, questions: str | None = None, ou
     results = scores(read_judgments(files), read_questions(questions) if questions else ())
     Console().print(score_table(results))
     if output is not None:
-        write_text_atomically(Path(output), json.dumps([result._asdict() for result in results], indent=2) + "\n")
+        write_bytes_atomically(Path(output), json_bytes([result._asdict() for result in results], indent=2) + b"\n")
 
 
 def _model_id(model: str) -> str:

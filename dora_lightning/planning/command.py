@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 
-from dora_lightning.files import write_text_atomically
+from dora_lightning.files import json_bytes, write_bytes_atomically
 from dora_lightning.files.growing import check_writable
 from dora_lightning.planning.planner import make_plan
 from dora_lightning.planning.report import as_json, report
@@ -33,4 +32,4 @@ def plan(cli: type[LightningCLI], args: list[str]) -> None:
     made = make_plan(settings, options)
     Console().print(report(made), highlight=False)
     if options.json is not None:
-        write_text_atomically(Path(options.json), json.dumps(as_json(made), indent=2) + "\n")
+        write_bytes_atomically(Path(options.json), json_bytes(as_json(made), indent=2) + b"\n")

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dora_lightning.adapters import AdapterConfig
+from dora_lightning.adapters.finite import check_finite
 from dora_lightning.adapters.quantized import is_quantized
 from dora_lightning.training.base_identity import check_same_base
 from dora_lightning.training.checkpoint_files import load_checkpoint_file
@@ -49,11 +50,19 @@ class AdapterCheckpoint:
 def write_adapter_entry(
     checkpoint: dict[str, Any], module: nn.Module, config: AdapterConfig, base: dict[str, Any], prefix: str
 ) -> None:
-    """Reduce a Lightning checkpoint to what trains, and add the ``dora_lightning`` entry, in place."""
+    """Reduce a Lightning checkpoint to what trains, and add the ``dora_lightning`` entry, in place.
+
+    Raises:
+        NonFiniteError: a parameter that trains holds NaN or infinity; the checkpoint from before stays.
+    """
     frozen = frozen_names(module)
+    # buffers may hold infinity rightly, as masks of attention do
+    trained = dict(module.named_parameters(remove_duplicate=False)).keys() - frozen
     for states in _MODEL_STATES:
         if states in checkpoint:
             checkpoint[states] = {k: v for k, v in checkpoint[states].items() if k not in frozen}
+            weights = {name: value for name, value in checkpoint[states].items() if name in trained}
+            check_finite(weights, f"no checkpoint is saved of step {checkpoint['global_step']}")
     checkpoint[KEY] = {
         "format_version": FORMAT_VERSION,
         "adapter": config.to_dict(),

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dora_lightning.adapters import AdapterConfig
+from dora_lightning.adapters.finite import check_finite
 from dora_lightning.adapters.functional import merge_weight
 from dora_lightning.adapters.operators import as_matrix, as_stored, ungrouped
 from dora_lightning.adapters.quantized import dequantized, quantize_again
@@ -64,6 +65,7 @@ def merge_to_folder(
         FileExistsError: ``output`` exists and may not be replaced, see :func:`dora_lightning.files.check_folder`.
         ValueError: the base is not the one the adapter was trained on, or has no safetensors; an adapted weight is tied
             to another module's, which would change with it.
+        NonFiniteError: a merged weight would hold NaN or infinity in the base's dtype.
         OSError: the disk is full. Nothing is left behind in any case.
     """
     output = Path(output)
@@ -133,7 +135,7 @@ def _merge_file(
                 check_weight_of_base(adapter.base, own_name, layer, base)
                 tensor = dequantized(layer)
             if update := updates.get(name):
-                tensor = _merged(own_name, tensor, update, adapter.config)
+                tensor = _checked(own_name, tensor, _merged(own_name, tensor, update, adapter.config).to(dtype))
             _write_tensor(writer, tensor.to(dtype))
 
 
@@ -180,6 +182,17 @@ def _fits(matrix: Tensor, update: Mapping[str, Tensor], norm_axis: str, grouped:
     expected |= {"init_A": (rank, columns), "init_B": (rows, own)}
     expected["magnitude"] = (rows if norm_axis == "out" else columns,)
     return all(tuple(tensor.shape) == expected[part] for part, tensor in update.items())
+
+
+def _checked(name: str, weight: Tensor, merged: Tensor) -> Tensor:
+    """``merged``, if it is finite; a buffer of the base, as a mask of attention, may hold infinity rightly."""
+    if weight.isfinite().all():
+        check_finite({name: merged}, f"nothing is merged: of the merged weights, as {_plain(merged.dtype)}")
+    return merged
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _does_not_fit(name: str, weight: Tensor, update: Mapping[str, Tensor]) -> ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -168,4 +169,6 @@ def _tensors(batch: Any) -> list[Tensor]:
 
 
 def _mean(losses: list[Any]) -> float:
-    return sum(float(loss) for loss in losses) / len(losses)
+    """Of those that are finite: a step whose loss is not may have been left out."""
+    values = [value for loss in losses if math.isfinite(value := float(loss))]
+    return sum(values) / len(values) if values else math.nan

@@ -27,7 +27,7 @@ from transformers import (
 
 from dora_lightning.model_cache import cache_folder, cached, digest, file_stamp, folder_stamps
 from dora_lightning.open_clip_tower import OpenClipVision, build_tower
-from dora_lightning.pretrained import not_loaded, resolve_pretrained, resolve_recorded
+from dora_lightning.pretrained import checked_dtype, not_loaded, resolve_pretrained, resolve_recorded
 from dora_lightning.vl_bart.model import VLBart, VLBartConfig
 
 _EXTRA_TOKENS = 100  # that VL-T5 adds before those of object order
@@ -119,7 +119,7 @@ def load_vl_bart(name: str | VLBartParts, dtype: str = "auto", attn_implementati
         attn_implementation: handed to ``transformers``.
     """
     return VLBart.from_pretrained(
-        resolve_pretrained(resolve_vl_bart(name)), dtype=dtype, attn_implementation=attn_implementation
+        resolve_pretrained(resolve_vl_bart(name)), dtype=checked_dtype(dtype), attn_implementation=attn_implementation
     )
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from tiny import MakeBackbone, MakeData, MakeLlama, MakeTrainer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from dora_lightning import AdapterConfig, inject_adapters, merge_adapters
+from dora_lightning.adapters.finite import NonFiniteError
 from dora_lightning.files.folders import MARKER
 from dora_lightning.training import merging
 from dora_lightning.training.adapter_checkpoint import AdapterCheckpoint, frozen_names, read_adapter_checkpoint
@@ -341,6 +343,25 @@ def test_a_disk_that_is_really_full(
     with pytest.raises(OSError, match="the disk filled up" if looks_large else "GB free"):
         merge_to_folder(str(tiny_llama), adapter, small_disk / "merged")
     assert listing(small_disk) == set()
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "magnitude"])
+def test_nan_is_not_merged(tiny_llama: Path, tmp_path: Path, part: str) -> None:
+    _, adapter = adapt(tiny_llama)
+    name = next(name for name in adapter.tensors if name.endswith(f"layers.1.self_attn.v_proj.{part}"))
+    adapter.tensors[name].view(-1)[0] = math.nan
+    with pytest.raises(NonFiniteError, match=r"of the merged weights, as float32: model\.layers\.1\..*v_proj\.weight"):
+        merge_to_folder(str(tiny_llama), adapter, tmp_path / "merged")
+    assert listing(tmp_path) == set()
+
+
+def test_what_overflows_in_the_dtype_of_the_base_is_not_merged(make_llama: MakeLlama, tmp_path: Path) -> None:
+    base = make_llama(dtype=torch.float16)
+    _, adapter = adapt(base)
+    name = next(name for name in adapter.tensors if name.endswith("magnitude"))
+    adapter.tensors[name].fill_(1e6)  # fp16 ends at 65504
+    with pytest.raises(NonFiniteError, match="of the merged weights, as float16"):
+        merge_to_folder(str(base), adapter, tmp_path / "merged")
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
