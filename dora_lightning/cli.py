@@ -222,6 +222,7 @@ class DoRACLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:
+            # asking the Trainer for its log folder would wait for the other processes
             setattr(error, _FOLDER, Path(self.trainer.default_root_dir))
             raise
 
@@ -251,8 +252,8 @@ class DoRACLI(LightningCLI):
 
     def _newest_checkpoint(self) -> str:
         """What to give instead."""
-        root = Path(self.trainer.default_root_dir) if self._start is None else self._start.root
-        found = [*root.glob("version_*/checkpoints/*.ckpt")]
+        root = self._start.root if self._start is not None else Path(self.trainer.default_root_dir)
+        found = root.glob("version_*/checkpoints/*.ckpt")
         newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
         return "; name the file" + (f", such as --ckpt_path {newest}" if newest else "")
 

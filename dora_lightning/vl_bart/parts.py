@@ -119,9 +119,7 @@ def load_vl_bart(name: str | VLBartParts, dtype: str = "auto", attn_implementati
         attn_implementation: handed to ``transformers``.
     """
     return VLBart.from_pretrained(
-        resolve_pretrained(resolve_vl_bart(name)),
-        dtype=checked_dtype(dtype),
-        attn_implementation=attn_implementation,
+        resolve_pretrained(resolve_vl_bart(name)), dtype=checked_dtype(dtype), attn_implementation=attn_implementation
     )
 
 
