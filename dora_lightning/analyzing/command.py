@@ -43,6 +43,7 @@ def analyze(
     folder = Path(output) if output is not None else _default_folder(names)
     check_writable(folder / JSON_FILE)
     records = collect(names, base, lambda name: _is_wanted(name, modules))
+    folder.mkdir(parents=True, exist_ok=True)
     content = {"base": base, "tuned": names} | as_json(records)
     write_text_atomically(folder / JSON_FILE, json.dumps(content, indent=2) + "\n")
     console = Console()

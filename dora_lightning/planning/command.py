@@ -33,4 +33,5 @@ def plan(cli: type[LightningCLI], args: list[str]) -> None:
     made = make_plan(settings, options)
     Console().print(report(made), highlight=False)
     if options.json is not None:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(Path(options.json), json.dumps(as_json(made), indent=2) + "\n")
