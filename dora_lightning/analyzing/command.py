@@ -42,6 +42,7 @@ def analyze(
     folder = Path(output) if output is not None else _default_folder(names)
     check_writable(folder / JSON_FILE)
     records = collect(names, base, lambda name: _is_wanted(name, modules))
+    folder.mkdir(parents=True, exist_ok=True)
     content = {"base": base, "tuned": names} | as_json(records)
     write_bytes_atomically(folder / JSON_FILE, json_bytes(content, indent=2) + b"\n")
     console = Console()

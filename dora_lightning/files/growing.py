@@ -14,7 +14,7 @@ from dora_lightning.files.json_writer import json_lines
 
 
 def check_writable(path: Path) -> None:
-    """See whether a file can be written at ``path``, and make its folder.
+    """See whether a file can be written at ``path``; nothing is left behind, and no folder is made.
 
     Raises:
         OSError: it cannot; the message names ``path``.
@@ -22,8 +22,8 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file to write")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        # folders that are not there yet will be made in the first one that is
+        with tempfile.TemporaryFile(dir=next(parent for parent in path.parents if parent.exists())):
             pass
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
@@ -35,7 +35,7 @@ class GrowingFile:
     A line that a killed process has left half-written at the end is removed. Threads may share it.
 
     Args:
-        path: the file; it is made at the first line.
+        path: the file; it and its folder are made at the first line.
 
     Raises:
         OSError: it cannot be written; the message names ``path``.
@@ -56,6 +56,7 @@ class GrowingFile:
             OSError: the disk is full, for one; the message names the file, which holds whole lines still.
         """
         content = json_lines(rows)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock, open(self.path, "ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             try:

@@ -137,6 +137,7 @@ def answer_questions(
             }
         asked += len(batch)
         lines = (json.dumps(rows[number], ensure_ascii=False) + "\n" for number in sorted(rows))
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(file, "".join(lines))
         report(sum(question.question_id in rows for question in questions), len(questions))
     return asked

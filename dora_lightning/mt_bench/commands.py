@@ -127,6 +127,7 @@ def mt_bench_scores(judgments: list[str] | str, questions: str | None = None, ou
     results = scores(read_judgments(files), read_questions(questions) if questions else ())
     Console().print(score_table(results))
     if output is not None:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
         write_bytes_atomically(Path(output), json_bytes([result._asdict() for result in results], indent=2) + b"\n")
 
 

@@ -32,4 +32,5 @@ def plan(cli: type[LightningCLI], args: list[str]) -> None:
     made = make_plan(settings, options)
     Console().print(report(made), highlight=False)
     if options.json is not None:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         write_bytes_atomically(Path(options.json), json_bytes(as_json(made), indent=2) + b"\n")
