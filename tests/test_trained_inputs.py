@@ -23,6 +23,11 @@ from dora_lightning.offline.shown import Shown
 from dora_lightning.training.adapter_checkpoint import read_adapter_checkpoint
 from dora_lightning.training.trained_inputs import read_inputs
 
+# of Lightning: a run without validation data, and torch's own tree of a batch
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Total length of `list` across ranks is zero:UserWarning", "ignore:.*LeafSpec.*:FutureWarning"
+)
+
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
