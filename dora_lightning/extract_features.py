@@ -25,6 +25,7 @@ from dora_lightning.feature_files import SETTINGS_FILE, FeatureFolder
 from dora_lightning.feature_rows import VIDEO_EVERY
 from dora_lightning.files import read_json
 from dora_lightning.files.growing import check_writable
+from dora_lightning.messages import check_real, check_whole
 from dora_lightning.open_clip_tower import POOLED, OpenClipTower, OpenClipVision, build_tower
 from dora_lightning.terminal import say
 
@@ -69,9 +70,10 @@ def extract_features(
         FileNotFoundError: there is no such folder, or no such weights.
         ValueError: an option is wrong, two files have one name, the output holds other features, or files are bad.
     """
-    for option, value in {"every": every, "batch_size": batch_size}.items():
-        if value <= 0:
-            raise ValueError(f"{option}: expected a number above 0, got {value}")
+    check_real(above=0, every=every)
+    check_whole(1, batch_size=batch_size)
+    check_whole(0, workers=workers)
+    check_whole(0, none="pretrained weights", random_seed=random_seed)
     paths = find_files(Path(source).expanduser())
     if kind != POOLED and any(is_video(path) for path in paths.values()):
         raise ValueError(f"kind: videos have one row a frame, choose {POOLED}; there are videos in {source}")

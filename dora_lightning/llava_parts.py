@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from dora_lightning.images import IMAGE
+from dora_lightning.messages import check_whole
 from dora_lightning.model_cache import cache_folder, cached, digest, file_stamp, folder_stamps
 from dora_lightning.pretrained import (
     give_padding_token,
@@ -73,7 +74,9 @@ class LlavaParts:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the fields of a new tower."""
+        """Check the numbers, and the fields of a new tower."""
+        check_whole(-999, most=999, feature_layer=self.feature_layer)
+        check_whole(0, seed=self.seed)
         if isinstance(self.vision, dict):
             known = set(CLIPVisionConfig().to_dict()) - set(PreTrainedConfig().to_dict()) - {"projection_dim"}
             if unknown := sorted(self.vision.keys() - known):

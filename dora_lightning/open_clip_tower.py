@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dora_lightning.feature_rows import pool_grid
+from dora_lightning.messages import check_whole
 from dora_lightning.open_clip_weights import load_weights, plain_name, weights_file
 
 GRID, POOLED = "grid", "pooled"
@@ -55,6 +56,8 @@ class OpenClipVision:
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
+        check_whole(1, none="all of them", rows=self.rows)
+        check_whole(0, seed=self.seed)
         if (self.name is None) == (self.config is None):
             raise ValueError("a vision tower has either a name or a config: give one of them")
         if self.features not in (GRID, POOLED):
@@ -62,7 +65,7 @@ class OpenClipVision:
         if self.rows is not None:
             if self.features == POOLED:
                 raise ValueError(f"rows: a {POOLED} image is one row; rows are for features: {GRID}")
-            if self.rows < 1 or isqrt(self.rows) ** 2 != self.rows:
+            if isqrt(self.rows) ** 2 != self.rows:
                 raise ValueError(f"rows: expected a square number such as 36, got {self.rows}")
         if self.config is not None:
             _check_fields(self.config)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dora_lightning.data import Sample
 from dora_lightning.gathering import gather
+from dora_lightning.messages import check_whole
 from dora_lightning.metrics import caption_scores, tokenize_captions
 from dora_lightning.task import Task
 from tasks.caption_files import caption_files, caption_id
@@ -61,6 +62,7 @@ class Captioning(Task):
         results_name: str | None = None,
     ) -> None:
         super().__init__()
+        check_whole(1, num_beams=num_beams, max_new_tokens=max_new_tokens)
         tokenize_captions([], tokenizer)  # what is missing is noticed here, not after an epoch
         if results_name is not None and (not results_name or set(results_name) & set("/\\")):
             raise ValueError(f"results_name is a part of a file's name, such as test2014_mine, got {results_name!r}")

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dora_lightning.data import Sample
+from dora_lightning.messages import check_whole
 from dora_lightning.metrics import PerSourceMean
 from dora_lightning.task import Task
 from tasks.tables import data_set_table
@@ -69,6 +70,7 @@ class CommonsenseQA(Task):
 
     def __init__(self, judge: str = "generation", num_beams: int = 4, max_new_tokens: int = 32) -> None:
         super().__init__()
+        check_whole(1, num_beams=num_beams, max_new_tokens=max_new_tokens)
         if judge not in JUDGES:
             raise ValueError(f"judge must be one of {', '.join(JUDGES)}, got {judge!r}")
         if judge != "ranking":

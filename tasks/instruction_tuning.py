@@ -12,6 +12,7 @@ from typing import Any
 from torchmetrics.functional.text import rouge_score
 
 from dora_lightning.data import Sample
+from dora_lightning.messages import check_real, check_whole
 from tasks.written_answers import WrittenAnswers
 
 
@@ -32,10 +33,10 @@ class InstructionTuning(WrittenAnswers):
 
     def __init__(self, max_new_tokens: int = 256, temperature: float = 0.0, num_beams: int = 1) -> None:
         super().__init__()
-        if temperature < 0 or (temperature > 0 and num_beams > 1):
-            raise ValueError(
-                f"temperature must be at least 0, and 0 with a beam search; got {temperature} with {num_beams} beams"
-            )
+        check_whole(1, max_new_tokens=max_new_tokens, num_beams=num_beams)
+        check_real(0, temperature=temperature)
+        if temperature > 0 and num_beams > 1:
+            raise ValueError(f"temperature must be 0 with a beam search, found {temperature} with {num_beams} beams")
         self.generation: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "num_beams": num_beams,

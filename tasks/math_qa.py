@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any, TypeAlias
 
 from dora_lightning.data import Sample
+from dora_lightning.messages import check_whole
 from tasks.written_answers import WrittenAnswers
 
 Number: TypeAlias = tuple[Fraction, ...]
@@ -59,6 +60,7 @@ class MathQA(WrittenAnswers):
 
     def __init__(self, max_new_tokens: int = 1024) -> None:
         super().__init__()
+        check_whole(1, max_new_tokens=max_new_tokens)
         self.generation = {"max_new_tokens": max_new_tokens, "do_sample": False}
 
     def judge(self, text: str, sample: Sample) -> tuple[dict[str, float], dict[str, Any]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dora_lightning.data import Sample
 from dora_lightning.gathering import gather
+from dora_lightning.messages import check_whole
 from dora_lightning.task import Task
 from tasks.picture import examples_picture
 from tasks.submissions import read_question_ids, require_openpyxl, submission_files
@@ -69,8 +70,8 @@ class VQA(Task):
         super().__init__()
         if judge not in JUDGES:
             raise ValueError(f"judge must be one of {', '.join(JUDGES)}, got {judge!r}")
-        if picture < 0:
-            raise ValueError(f"picture is a number of examples, got {picture}")
+        check_whole(1, max_new_tokens=max_new_tokens)
+        check_whole(0, picture=picture)
         if judge != "ranking":
             self.generation = {"max_new_tokens": max_new_tokens, "num_beams": 1, "do_sample": False}
         self.ranks_options = judge != "generation"

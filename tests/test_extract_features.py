@@ -285,8 +285,8 @@ def test_settings_know_what_the_weights_do_not_tell(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every": 0.0}, "every: expected a number above 0, got 0.0"),
-        ({"batch_size": 0}, "batch_size: expected a number above 0"),
+        ({"every": 0.0}, "every must be a number greater than 0, found 0.0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, found 0"),
         ({"random_seed": None}, "either pretrained weights or, for an untrained tower"),
         ({"pretrained": "openai"}, "either pretrained weights or, for an untrained tower"),
         ({"model": "RN1O1"}, "open_clip has no architecture 'RN1O1'"),

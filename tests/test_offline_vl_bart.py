@@ -304,11 +304,14 @@ def test_a_model_of_features_alone_is_shown_no_pixels(reader: str, tmp_path: Pat
         ({"frames": 3}, "frames says which frames of a video are looked at, and no video is given"),
         ({"every": 3.0, "image": "a.jpg"}, "every says which frames of a video"),
         ({"video": "a.mp4", "every": 3.0, "frames": 2}, "give frames or every"),
-        ({"video": "a.mp4", "frames": 0}, "frames must be above 0, got 0"),
-        ({"video": "a.mp4", "every": -1.0}, r"every must be above 0, got -1\.0"),
+        ({"video": "a.mp4", "frames": 0}, "frames must be at least 1, or null for the default, found 0"),
+        (
+            {"video": "a.mp4", "every": -1.0},
+            r"every must be a number greater than 0, or null for the default, found -1\.0",
+        ),
         ({"image": "a.jpg", "features": "a.npz"}, "give one of image, video and features, found image and features"),
         ({"image": "a.jpg", "rows": 4}, "rows is what features are brought to, and no features are given"),
-        ({"features": "a.npz", "rows": 0}, "rows must be above 0, got 0"),
+        ({"features": "a.npz", "rows": 0}, "rows must be at least 1, or null for the default, found 0"),
     ],
     ids=str,
 )

@@ -15,6 +15,7 @@ from dora_lightning.adapters import AdapterConfig, adapters_disabled
 from dora_lightning.backbones.causal_lm import sequence_log_likelihoods
 from dora_lightning.backbones.llama import DoRALlama
 from dora_lightning.backbones.step_loss import LossMean
+from dora_lightning.messages import check_real
 from dora_lightning.task import Task
 
 PAIR_MEASURES = ("margin", "accuracy", "reward_chosen", "reward_rejected")
@@ -107,8 +108,7 @@ class DoRALlamaDPO(DoRALlama):
             loss_mean,
             on_nonfinite,
         )
-        if not beta > 0:
-            raise ValueError(f"beta must be greater than 0, got {beta}")
+        check_real(above=0, beta=beta)
         if self.adapter.method == "full":
             raise ValueError(
                 "method: full trains the reference away; preference tuning needs adapters that can be switched off"

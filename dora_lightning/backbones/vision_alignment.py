@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from dora_lightning.adapters.finite import NonFiniteError
 from dora_lightning.data import IGNORE
+from dora_lightning.messages import check_real, check_whole
 
 _WARMUP = 0.05
 
@@ -53,9 +54,12 @@ class VisionAlignment:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        for name in ("epochs", "batch_size", "lr", "width"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"vision_alignment: {name} must be greater than 0, got {getattr(self, name)!r}")
+        options = {f"vision_alignment.{name}": value for name, value in vars(self).items()}
+        rates = {name: options.pop(name) for name in ("vision_alignment.lr", "vision_alignment.weight_decay")}
+        check_real(above=0, **{"vision_alignment.lr": rates["vision_alignment.lr"]})
+        check_real(0, **rates)
+        check_whole(0, **{"vision_alignment.seed": options.pop("vision_alignment.seed")})
+        check_whole(1, **options)
 
 
 @dataclass

@@ -38,6 +38,7 @@ from dora_lightning.analyzing.records import (
 )
 from dora_lightning.analyzing.start_weights import SNAPSHOT_FILE, StartWeights, write_snapshot
 from dora_lightning.analyzing.stored_weights import is_matrix
+from dora_lightning.messages import check_whole
 from dora_lightning.training.first_process import first_process_works
 from dora_lightning.training.sharded_checkpoint import whole_tensor
 
@@ -88,10 +89,8 @@ class WeightDecomposition(Callback):
         steps: list[int] | None = None,
         modules: str | list[str] | None = None,
     ) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, or null, got {every_n_steps}")
-        if any(step < 1 for step in steps or []):
-            raise ValueError(f"steps are counted from 1, the first optimiser step, got {steps}")
+        check_whole(1, none="none beside steps", every_n_steps=every_n_steps)
+        check_whole(1, **{f"steps[{place}]": step for place, step in enumerate(steps or [])})
         self.every_n_steps = every_n_steps
         self.steps = sorted(steps or [])
         self.modules = modules

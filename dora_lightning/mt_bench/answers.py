@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from dora_lightning.chat_templates import apply_chat_template
 from dora_lightning.files import write_text_atomically
 from dora_lightning.files.growing import check_writable
+from dora_lightning.messages import check_whole
 from dora_lightning.mt_bench.questions import Question, read_answers
 
 CHAT, ALPACA, FASTCHAT_ALPACA = "chat", "alpaca", "fastchat_alpaca"
@@ -112,8 +113,8 @@ def answer_questions(
         ValueError: the file holds answers of another model or made in another way.
     """
     check_template(template, tokenizer)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_whole(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    check_whole(0, seed=seed)
     file = Path(file)
     check_writable(file)
     settings = {"template": template, "max_new_tokens": max_new_tokens, "seed": seed}

@@ -11,6 +11,7 @@ from rich.console import Console
 from dora_lightning.backbones.causal_lm import generate_texts
 from dora_lightning.files import json_bytes, write_bytes_atomically
 from dora_lightning.files.growing import check_writable
+from dora_lightning.messages import check_whole
 from dora_lightning.mt_bench.answers import CHAT, answer_questions, dialogue_prompt
 from dora_lightning.mt_bench.judge import OWN_PROMPTS, judge_answers, read_prompts
 from dora_lightning.mt_bench.judge_client import chat_client, key_for
@@ -46,6 +47,8 @@ def mt_bench(
         batch_size: questions answered at a time.
         seed: seed of sampling; the temperature is that of a question's category, as published.
     """
+    check_whole(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    check_whole(0, seed=seed)
     asked = read_questions(questions)
     name = model_id or _model_id(model)
     file = Path(output) / f"{name}.jsonl"
@@ -96,6 +99,7 @@ def mt_bench_judge(
         request: fields of the request to change or add; null leaves one out.
         workers: judgments asked for at a time.
     """
+    check_whole(1, workers=workers)
     ask = chat_client(api, judge, key_for(api, key_variable), request)
     name = judge.replace("/", "_")
     file = Path(output) if output else Path(answers).parent.parent / "model_judgment" / f"{name}_single.jsonl"

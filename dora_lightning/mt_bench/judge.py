@@ -11,6 +11,7 @@ from threading import Event
 from typing import Any, NamedTuple
 
 from dora_lightning.files.growing import GrowingFile
+from dora_lightning.messages import check_whole
 from dora_lightning.mt_bench.judge_client import Ask
 from dora_lightning.mt_bench.questions import Question, field, read_lines
 from dora_lightning.mt_bench.scores import HIGHEST_RATING, LOWEST_RATING, NO_SCORE, read_judgments
@@ -141,8 +142,7 @@ def judge_answers(
         ValueError: an answer or a needed reference is missing, or there are too few workers.
         OSError: the file cannot be written; or, at the end, some turns could not be judged.
     """
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
+    check_whole(1, workers=workers)
     file = Path(file)
     kept = GrowingFile(file)
     rows = read_judgments([file]) if file.is_file() else []

@@ -13,10 +13,14 @@ from http.client import HTTPException
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+from dora_lightning.messages import check_real, check_whole
+
 Ask = Callable[[str, str], str]
 """``ask(system, user)`` -> what the judge says."""
 
+
 OPENAI_HOST, OPENAI_VARIABLE = "api.openai.com", "OPENAI_API_KEY"
+
 
 _RETRIED = (408, 409, 429)
 _LONGEST_REPLY = 2**24
@@ -71,6 +75,9 @@ def chat_client(
     Raises:
         ValueError: the address is no http(s) address, or would get the key unencrypted over a network.
     """
+    check_real(above=0, timeout=timeout)
+    check_real(0, wait=wait)
+    check_whole(1, attempts=attempts)
     where = _parts(api)
     loopback = _is_loopback(where.hostname or "")
     if key and where.scheme != "https" and not loopback:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dora_lightning.chat_templates import apply_chat_template
 from dora_lightning.files import json_rows, read_text
+from dora_lightning.messages import check_real, check_whole
 from dora_lightning.offline.checkpoints import base_of
 from dora_lightning.offline.kept_answers import KeptAnswers, model_stamp
 from dora_lightning.offline.models import TextModel, load_model
@@ -90,14 +91,14 @@ def generate(
         temperature: above 0, answers are sampled.
         batch_size: prompts answered at a time.
     """
+    check_whole(1, max_new_tokens=max_new_tokens, num_beams=num_beams, batch_size=batch_size)
+    check_real(0, temperature=temperature)
     if prompt is not None and prompts is not None:
         raise ValueError("give one prompt or a file of prompts, not both")
     if template not in (None, CHAT, NONE) and "{prompt}" not in template:
         raise ValueError(f"template must be 'chat', 'none' or a text that contains {{prompt}}, got {template!r}")
     shown = Shown(_listed(image), video, frames, every, _listed(features), rows, image_aspect_ratio, exif_rotation)
     asked = [prompt] if prompt is not None else _read_prompts(Path(prompts)) if prompts is not None else None
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": temperature > 0}
     if temperature > 0:
         options["temperature"] = temperature

@@ -13,6 +13,7 @@ from torch import Tensor
 from dora_lightning.feature_files import NPZ_SUFFIX, SETTINGS_FILE, SUFFIXES, FeatureFolder, read_features
 from dora_lightning.feature_rows import GRID_ROWS, VIDEO_ROWS, fit_rows, pool_grid
 from dora_lightning.images import open_image
+from dora_lightning.messages import check_real, check_whole
 from dora_lightning.processing import AspectRatio
 from dora_lightning.training.trained_inputs import differences
 from dora_lightning.videos import read_frames, sample_times, video_info
@@ -51,7 +52,10 @@ class Shown:
     video_rows: int | None = VIDEO_ROWS
 
     def __post_init__(self) -> None:
-        """Check what goes together."""
+        """Check the numbers, and what goes together."""
+        check_whole(1, none="the default", frames=self.frames, rows=self.rows)
+        check_whole(1, none="all", grid_rows=self.grid_rows, video_rows=self.video_rows)
+        check_real(above=0, none="the default", every=self.every)
         given = {"image": self.images, "video": self.video, "features": self.features}
         if len(several := [name for name, value in given.items() if value]) > 1:
             raise ValueError(f"give one of image, video and features, found {' and '.join(several)}")
@@ -60,9 +64,6 @@ class Shown:
             raise ValueError(f"{chosen[0]} says which frames of a video are looked at, and no video is given")
         if len(chosen) > 1:
             raise ValueError("give frames or every, the number or the distance of a video's frames, not both")
-        for name, number in (of_video | {"rows": self.rows}).items():
-            if number is not None and number <= 0:
-                raise ValueError(f"{name} must be above 0, got {number}")
         if self.rows is not None and not self.features:
             raise ValueError("rows is what features are brought to, and no features are given")
         if self.exif_rotation is not None and not self.images:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dora_lightning.messages import check_real, check_whole
+
 
 @dataclass
 class PlanOptions:
@@ -48,16 +50,12 @@ class PlanOptions:
         Raises:
             ValueError: one is out of range.
         """
-        if self.gpus is not None and not 1 <= self.gpus <= 1024:
-            raise ValueError(f"gpus must be from 1 to 1024, got {self.gpus}")
-        for name in ("memory", "peak", "bandwidth", "tokens", "mean_tokens", "batch_size", "samples"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be greater than 0, got {value}")
-        if self.tokens == 1:
-            raise ValueError("tokens must be at least 2: the first one is never predicted")
-        for name in ("utilization", "supervised"):
-            if not 0 <= getattr(self, name) <= 1 or (name == "utilization" and self.utilization == 0):
-                raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
-        if self.reserve < 0:
-            raise ValueError(f"reserve must be at least 0, got {self.reserve}")
+        check_whole(1, most=1024, none="the trainer's", gpus=self.gpus)
+        # the first token of a row is never predicted
+        check_whole(2, none="the config's", tokens=self.tokens)
+        check_whole(1, none="the config's", batch_size=self.batch_size, samples=self.samples)
+        check_real(above=0, none="the device's", memory=self.memory, peak=self.peak, bandwidth=self.bandwidth)
+        check_real(above=0, none="as long as a row", mean_tokens=self.mean_tokens)
+        check_real(above=0, most=1, utilization=self.utilization)
+        check_real(0, most=1, supervised=self.supervised)
+        check_real(0, reserve=self.reserve)

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from dora_lightning.messages import check_whole
 from dora_lightning.model_cache import cache_folder, cached, digest, file_stamp, folder_stamps
 from dora_lightning.open_clip_tower import OpenClipVision, build_tower
 from dora_lightning.pretrained import checked_dtype, not_loaded, resolve_pretrained, resolve_recorded
@@ -62,7 +63,10 @@ class VLBartParts:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check what goes together."""
+        """Check the numbers, and what goes together."""
+        check_whole(1, none="that of the tower", feature_dim=self.feature_dim)
+        check_whole(1, image_orders=self.image_orders, object_orders=self.object_orders)
+        check_whole(0, seed=self.seed)
         if isinstance(self.vision, dict):
             self.vision = OpenClipVision(**self.vision)
         if self.vision is not None and self.feature_dim is not None:

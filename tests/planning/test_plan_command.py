@@ -188,8 +188,8 @@ def test_largest_batch_is_the_largest(plan: Any, tiny_llama: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--gpus", "2000"], "gpus must be from 1 to 1024"),
-        (["--utilization", "0"], "utilization must be above 0"),
+        (["--gpus", "2000"], "gpus must be at most 1024"),
+        (["--utilization", "0"], "utilization must be a number"),
         (["--device", "abacus"], "device must be one of A100"),
         (["--shape", "llama9"], "shape must be one of"),
         (["--model.class_path", "DoRALlava"], "plan does not cover DoRALlava: its vision tower"),

@@ -138,7 +138,7 @@ def test_a_row_does_not_rename_its_source() -> None:
     ("options", "message"),
     [
         ({"judge": "vote"}, "judge must be one of generation, ranking, both, got 'vote'"),
-        ({"picture": -1}, "picture is a number of examples, got -1"),
+        ({"picture": -1}, "picture must be at least 0, found -1"),
         ({"variants": {"vqav2": "strict"}}, "vqav2 is judged by one of official, .*, got 'strict'"),
     ],
 )
