@@ -1,7 +1,5 @@
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -244,11 +242,13 @@ from datamodules.moving_shapes_files import make_moving_shapes
 make_moving_shapes(Path({str(tmp_path)!r}), 100000, "train", seed=1)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("*/*/videos/train_000010.mp4")) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.rglob("train_000010.mp4")) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.kill()
     process.wait()
     assert not (tmp_path / "train").exists()
     with pytest.raises(FileNotFoundError):
