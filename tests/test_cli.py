@@ -280,11 +280,12 @@ def test_sigterm_ends_two_processes(config: Path, tmp_path: Path, whom: str) -> 
             stderr=log,
             start_new_session=True,
         )
-    last, deadline = tmp_path / "runs/version_0/checkpoints/last.ckpt", time.monotonic() + 200
-    while not last.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGTERM) if whom == "all" else process.terminate()
+    last, deadline = tmp_path / "runs/version_0/checkpoints/last.ckpt", time.monotonic() + 300
     try:
+        while not last.exists() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.1)
+        assert last.exists(), (tmp_path / "log").read_text()
+        os.killpg(process.pid, signal.SIGTERM) if whom == "all" else process.terminate()
         assert process.wait(60) == 143, (tmp_path / "log").read_text()
         # nobody of its group is left
         deadline = time.monotonic() + 30
