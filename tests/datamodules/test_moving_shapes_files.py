@@ -15,6 +15,7 @@ pytest.importorskip("av")
 from datamodules import moving_shapes_files
 from datamodules.moving_shapes_drawing import COLORS, DIRECTIONS, SHAPES, STEPS, Scene, draw_scenes, visits
 from datamodules.moving_shapes_files import MovingQuestion, make_moving_shapes, read_moving_shapes
+from dora_lightning.files.folders import MARKER
 from dora_lightning.videos import VideoInfo, check_video, read_frames, sample_times
 
 CHANCE = {"shape": 1 / 3, "color": 1 / 7, "direction": 1 / 4, "first": 1 / 2}
@@ -25,7 +26,8 @@ def pictures(path: Path, count: int = STEPS) -> np.ndarray:
 
 
 def digests(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != MARKER]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,12 @@ def rows(videos: int, split: str, seed: int = 1) -> list[dict]:
 
 def test_the_layout(made: Path) -> None:
     names = [f"train_{number:06d}" for number in range(96)]
-    assert sorted(path.name for path in (made / "train").iterdir()) == ["questions.jsonl", "settings.json", "videos"]
+    assert sorted(path.name for path in (made / "train").iterdir()) == [
+        MARKER,
+        "questions.jsonl",
+        "settings.json",
+        "videos",
+    ]
     assert sorted(path.name for path in (made / "train/videos").iterdir()) == [f"{name}.mp4" for name in names]
     for name in names[:6]:
         info = check_video(made / f"train/videos/{name}.mp4", decode=True)
