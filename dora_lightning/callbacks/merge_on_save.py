@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,7 +72,8 @@ class MergeOnSave(Callback):
         if self.when == "fit_end" and stage == "fit":
             base = self.base or getattr(pl_module, "model_name_or_path", None)
             root, folder = self._folders(trainer)
-            keep = [Path(base)] if isinstance(base, str) and Path(base).is_dir() else []
+            # what describes a model's parts may be too long for the name of a file, which Path.is_dir raises
+            keep = [Path(base)] if isinstance(base, str) and os.path.isdir(base) else []
             check_folder(folder, overwrite=True, keep=[root, *keep])
 
     @override

@@ -236,9 +236,12 @@ class _Text:
                 if breaks_off and self._more():
                     continue
                 raise self.broken(error.msg, self._at + behind) from error
-            # a number may go on
-            if end == len(self._buffer) and self._more():
-                continue
+            # a number may go on, "-0" with what follows "-0." or "-0e-"
+            if end >= len(self._buffer) - 2:
+                length = end - self._at
+                if self._more():
+                    continue
+                end = self._at + length  # the text before the value is not kept
             suspicious = _is_suspicious(self.decoder, self._buffer, self._at, end)
             self._at = end
             return value, suspicious

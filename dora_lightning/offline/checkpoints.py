@@ -7,8 +7,8 @@ say in what is imported, fetched or run.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, get_args
 
 from dora_lightning.adapters import AdapterConfig
@@ -52,7 +52,7 @@ def base_of(path: str, adapter: AdapterCheckpoint, base: str | None) -> str:
     }.get(adapter.backbone, (None, None))
     if base is not None:
         return base if resolve is None else resolve(base)
-    if resolve is None or Path(str(recorded)).is_dir():
+    if resolve is None or os.path.isdir(str(recorded)):
         return resolve_recorded(recorded, path)
     source = adapter.options.get("model_name_or_path", recorded)
     try:

@@ -294,7 +294,7 @@ def test_predict_writes_what_it_returns(
     batches = trainer.predict(module, datamodule=make_data())
     rows = [row for batch in batches for row in batch]
     written = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
-    assert written == rows
+    assert written == [{**row, "untrained_adapter": True} for row in rows]
     assert len(rows) == 9
     assert rows[0].keys() == {"prompt", "source", "output"}
     trainer.predict(module, datamodule=make_data())

@@ -113,7 +113,12 @@ def test_skip_does_not_go_on_for_ever(
 ) -> None:
     module = make_backbone(on_nonfinite="skip")
     loss = module.loss
-    module.loss = lambda batch: (loss(batch)[0] * math.inf, 1)
+
+    def infinite(batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        own, tokens = loss(batch)
+        return own * math.inf, tokens
+
+    module.loss = infinite
     trainer = make_trainer(max_epochs=3, limit_val_batches=0)
     with pytest.warns(UserWarning, match="left out"), pytest.raises(NonFiniteError, match="20 steps in a row"):
         trainer.fit(module, datamodule=make_data())

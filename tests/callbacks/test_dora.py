@@ -78,7 +78,7 @@ def test_nothing_that_matches_says_what_would(make_trainer: MakeTrainer) -> None
 
 
 def test_a_bad_option_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="rank must be a whole number of at least 1"):
+    with pytest.raises(ValueError, match="rank must be at least 1, found 0"):
         DoRA(rank=0)
 
 

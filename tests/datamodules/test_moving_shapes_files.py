@@ -1,7 +1,5 @@
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +15,7 @@ pytest.importorskip("av")
 from datamodules import moving_shapes_files
 from datamodules.moving_shapes_drawing import COLORS, DIRECTIONS, SHAPES, STEPS, Scene, draw_scenes, visits
 from datamodules.moving_shapes_files import MovingQuestion, make_moving_shapes, read_moving_shapes
+from dora_lightning.files.folders import MARKER
 from dora_lightning.videos import VideoInfo, check_video, read_frames, sample_times
 
 CHANCE = {"shape": 1 / 3, "color": 1 / 7, "direction": 1 / 4, "first": 1 / 2}
@@ -27,7 +26,8 @@ def pictures(path: Path, count: int = STEPS) -> np.ndarray:
 
 
 def digests(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != MARKER]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,12 @@ def rows(videos: int, split: str, seed: int = 1) -> list[dict]:
 
 def test_the_layout(made: Path) -> None:
     names = [f"train_{number:06d}" for number in range(96)]
-    assert sorted(path.name for path in (made / "train").iterdir()) == ["questions.jsonl", "settings.json", "videos"]
+    assert sorted(path.name for path in (made / "train").iterdir()) == [
+        MARKER,
+        "questions.jsonl",
+        "settings.json",
+        "videos",
+    ]
     assert sorted(path.name for path in (made / "train/videos").iterdir()) == [f"{name}.mp4" for name in names]
     for name in names[:6]:
         info = check_video(made / f"train/videos/{name}.mp4", decode=True)
@@ -244,11 +249,13 @@ from datamodules.moving_shapes_files import make_moving_shapes
 make_moving_shapes(Path({str(tmp_path)!r}), 100000, "train", seed=1)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("*/*/videos/train_000010.mp4")) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.rglob("train_000010.mp4")) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.kill()
     process.wait()
     assert not (tmp_path / "train").exists()
     with pytest.raises(FileNotFoundError):

@@ -246,7 +246,9 @@ def test_a_failure_leaves_what_was_there_before(tiny_llama: Path, make_llama: Ma
 
 def test_a_base_without_the_adapted_weights_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     _, adapter = adapt(tiny_llama)
-    adapter.tensors["model.layers.7.self_attn.q_proj.lora_A"] = torch.zeros(4, 32)
+    prefix = "model.layers.7.self_attn.q_proj"
+    adapter.tensors |= {f"{prefix}.lora_A": torch.zeros(4, 32), f"{prefix}.lora_B": torch.zeros(32, 4)}
+    adapter.tensors[f"{prefix}.magnitude"] = torch.ones(32)
     with pytest.raises(ValueError, match=r"has no weight model\.layers\.7\.self_attn\.q_proj\.weight"):
         merge_to_folder(str(tiny_llama), adapter, tmp_path / "merged")
     assert listing(tmp_path) == set()

@@ -127,7 +127,7 @@ def test_sample_times() -> None:
         ({"span": (0.0, 2.0), "every": 1.0, "count": 2}, "either every or count, found every=1.0 and count=2"),
         ({"span": (0.0, 2.0), "every": 0.0}, "above 0, found 0.0"),
         ({"span": (0.0, 2.0), "every": float("nan")}, "above 0, found nan"),
-        ({"span": (0.0, 2.0), "count": 0}, "at least 1, found 0"),
+        ({"span": (0.0, 2.0), "count": 0}, "from 1 to 100000 frames of a video, found 0"),
     ],
 )
 def test_spans_that_are_none(arguments: dict[str, Any], message: str) -> None:

@@ -273,7 +273,7 @@ def test_without_any_subtitles(tmp_path: Path) -> None:
         ),
         (
             [{**SUBTITLES, "sub": [{"text": "x", "start": math.nan, "end": 1}]}],
-            "subtitle 1 must have 'start' and 'end'",
+            "subtitle 1 must have 'text', 'start' and 'end', found .*'start' holds NaN",
         ),
     ],
 )
