@@ -16,7 +16,7 @@ def fingerprint(items: Iterable[Any]) -> dict[str, str]:
     """Digests of encoded samples in their order: of all that is text, and of their tokens and labels.
 
     Images count by their file's name, so that a data set may move to another folder; one that is no file counts by its
-    class. Rows as they were read (fields named ``row``) do not count.
+    class. Rows as they were read (fields named ``row``) do not count, and what was ``cut`` off shows in the tokens.
     """
     texts, tokens = sha256(), sha256()
     for item in items:
@@ -63,7 +63,7 @@ def _plain(value: Any, tensors: list[torch.Tensor]) -> Any:
     return tuple(
         tuple(map(_image, getattr(value, name))) if name == "images" else _plain(getattr(value, name), tensors)
         for name in names
-        if name != "row"
+        if name not in ("row", "cut")
     )
 
 

@@ -120,6 +120,7 @@ def visual_sets(folder: Path) -> dict[str, dict[str, str]]:
     }
 
 
+@pytest.mark.filterwarnings("ignore:test without --ckpt_path")
 def test_the_seven_sets_of_visual_questions(run_cli: RunCLI, tmp_path: Path) -> None:
     llava = save_llava(tmp_path / "llava", max_position_embeddings=2048)
     data = datamodule("VQADataModule", datasets=visual_sets(tmp_path / "data"), eval_batch_size=4)

@@ -17,6 +17,7 @@ from dora_lightning.callbacks import MergeOnSave, merge_on_save
 from dora_lightning.files.folders import MARKER
 from dora_lightning.training import merging
 from dora_lightning.training.merging import SOURCE_FILE
+from dora_lightning.training.trained_inputs import INPUTS_FILE
 
 IDS = torch.arange(3, 50)[None]
 
@@ -197,7 +198,8 @@ def test_a_users_file_beside_merged_weights_stays(
     assert (merged / "notes.txt").read_text() == "mine"
     assert (merged / "model.safetensors").read_bytes() == before
     (merged / "notes.txt").unlink()
-    (merged / MARKER).unlink()  # as an older version made it
+    for name in (MARKER, INPUTS_FILE):  # which an older version did not write
+        (merged / name).unlink()
     fit_with_last(*parts, steps=3)
     assert (merged / "model.safetensors").read_bytes() != before
     source = json.loads((merged / SOURCE_FILE).read_text())

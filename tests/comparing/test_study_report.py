@@ -151,6 +151,6 @@ def test_a_cell_without_a_score_is_listed_and_the_others_are_reported(
     report = write_report(study, folders).read_text()
     assert f"1 of {len(folders)} cells are done" in report
     assert f"- `{folders[0].cell.name}`: " in report
-    assert "val/loss is nan" in report
+    assert "val/loss is no number (NaN or infinity)" in report
     assert "has no val/loss; it has val/accuracy" in report
     assert table_of(report)[0]["val/loss"] == "0.5000"

@@ -101,7 +101,7 @@ def test_a_template_that_refuses_a_conversation() -> None:
     at_most_one = "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + CHATML_TEMPLATE
     template = get_conversation_template("tokenizer", make_bpe(chat_template=at_most_one))
     assert template.sample_text(TURNS[:1]).target == "A red square.<|im_end|>"
-    with pytest.raises(ValueError, match="the chat template of the tokenizer .* refuses a conversation: too long"):
+    with pytest.raises(ValueError, match=r"the chat template of the tokenizer .* refuses a conversation: too long"):
         template.sample_text(TURNS)
 
 

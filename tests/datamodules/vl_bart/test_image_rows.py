@@ -353,7 +353,7 @@ def test_options_are_checked_at_once() -> None:
         VQAv2Files("vqa", prompts="vqa")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="limit_eval must be at least 1, or null for all, found 0"):
         COCOCaptionFiles("COCO", limit_eval=0)
-    with pytest.raises(ValueError, match="limit_train must be a whole number of at least 1, .*, found '5'"):
+    with pytest.raises(ValueError, match=r"limit_train must be a whole number of at least 1, .*, found '5'"):
         GQAFiles("GQA", limit_train="5")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"train must be a list of files, found 'train\.json'"):
         GQAFiles("GQA", train="train.json")  # type: ignore[arg-type]
