@@ -117,7 +117,7 @@ def arguments(made: Callable[..., Any], folder: Path) -> dict[str, Any]:
     return {name: known.get(name, "none") for name in [*wanted, *useful]}
 
 
-@pytest.mark.parametrize(("made", "option", "bad"), cases())
+@pytest.mark.parametrize(("made", "option", "bad"), list(cases()))
 def test_nonsense_is_refused_by_name(made: Callable[..., Any], option: str, bad: list[Any], tmp_path: Path) -> None:
     given = arguments(made, tmp_path)
     for value in bad:
