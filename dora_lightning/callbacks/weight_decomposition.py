@@ -90,7 +90,8 @@ class WeightDecomposition(Callback):
         modules: str | list[str] | None = None,
     ) -> None:
         check_whole(1, none="none beside steps", every_n_steps=every_n_steps)
-        check_whole(1, **{f"steps[{place}]": step for place, step in enumerate(steps or [])})
+        for step in steps or []:
+            check_whole(1, steps=step)
         self.every_n_steps = every_n_steps
         self.steps = sorted(steps or [])
         self.modules = modules

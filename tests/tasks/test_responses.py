@@ -34,7 +34,7 @@ def test_rouge_l_worked_by_hand() -> None:
 def test_how_responses_are_made() -> None:
     assert InstructionTuning(32).generation == {"max_new_tokens": 32, "num_beams": 1, "do_sample": False}
     assert InstructionTuning(temperature=0.7).generation["temperature"] == 0.7
-    with pytest.raises(ValueError, match=r"0 with a beam search; got 0\.7 with 4 beams"):
+    with pytest.raises(ValueError, match=r"0 with a beam search, found 0\.7 with 4 beams"):
         InstructionTuning(temperature=0.7, num_beams=4)
 
 
