@@ -233,7 +233,7 @@ def test_bad_steps_are_refused() -> None:
 
     with pytest.raises(ValueError, match="every_n_steps must be at least 1, or null for none beside steps, found 0"):
         WeightDecomposition(every_n_steps=0)
-    with pytest.raises(ValueError, match=r"steps\[\d\] must be at least 1"):
+    with pytest.raises(ValueError, match="steps must be at least 1, found 0"):
         WeightDecomposition(steps=[0, 5])
 
 
