@@ -6,7 +6,6 @@ is used only if its file has the recorded hash, so that it does not matter where
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from dora_lightning.files.digests import file_digest
 from dora_lightning.model_cache import cache_folder, cached
 
 PACKAGE_PREFIX = "package:"
@@ -104,11 +104,7 @@ def _is_recorded(file: Path, pinned: PinnedPackage) -> bool:
 @lru_cache(maxsize=8)
 def _sha256(file: Path, size: int, time: int) -> str:
     """Hash of a file; computed once a process while size and time stay the same."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as content:
-        while piece := content.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
+    return file_digest(file)
 
 
 def _download(package: str, pinned: PinnedPackage, folder: Path) -> None:
